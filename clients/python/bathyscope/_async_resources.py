@@ -1,0 +1,203 @@
+"""The namespaces of `AsyncClient`: those of `_resources.py`, to be awaited."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterable, Mapping
+from typing import Any, Unpack
+
+from bathyscope import _operations, types
+from bathyscope._connection import AsyncConnection
+from bathyscope._fields import (
+    ExtractionFields,
+    InputLike,
+    LoadFields,
+    PredictFields,
+    ProbeFields,
+    Reference,
+    adapter_body,
+    extraction_body,
+    identify,
+    predict_body,
+    probe_body,
+    request,
+)
+from bathyscope._http import path
+from bathyscope._jobs import AsyncJobHandle
+from bathyscope._objects import AsyncExtraction, AsyncPrediction, AsyncProbe, Resource, bind
+
+
+class _Namespace:
+    def __init__(self, connection: AsyncConnection) -> None:
+        self._connection = connection
+
+    async def _submit(
+        self, target: str, body: Mapping[str, Any], wait: float = 0.0, idempotency_key: str | None = None
+    ) -> AsyncJobHandle[Any]:
+        operation = _operations.submit(target, body, self._connection.retry, wait=wait, idempotency_key=idempotency_key)
+        return AsyncJobHandle(self._connection, await self._connection.run(operation))
+
+    async def _get(self, model: type[Any], target: str) -> Any:
+        found = await self._connection.run(_operations.get(model, target, self._connection.retry))
+        return bind(found, self._connection)
+
+    async def _delete(self, target: str) -> None:
+        await self._connection.run(_operations.delete(target, self._connection.retry))
+
+    def _list(self, model: type[Any], target: str, limit: int | None, **query: str | None) -> AsyncIterator[Any]:
+        pages = _operations.pages(model, target, self._connection.retry, limit=limit, query=query)
+        return (bind(item, self._connection) async for item in self._connection.iterate(pages))
+
+
+class AsyncModels(_Namespace):
+    """Base models that the operator offers."""
+
+    async def get(self, name: str) -> types.Model:
+        """One model."""
+        model: types.Model = await self._get(types.Model, path("v1", "models", name))
+        return model
+
+    async def load(self, name: str, **fields: Unpack[LoadFields]) -> AsyncJobHandle[types.Model]:
+        """Have a worker load a model now; needs an admin key."""
+        return await self._submit(path("v1", "models", name, "load"), request(types.LoadRequest, fields))
+
+    async def unload(self, name: str, **fields: Unpack[LoadFields]) -> AsyncJobHandle[types.Model]:
+        """Have the workers let go of a model; needs an admin key."""
+        return await self._submit(path("v1", "models", name, "unload"), request(types.LoadRequest, fields))
+
+    def list(self, limit: int | None = None) -> AsyncIterator[types.Model]:
+        """Every model."""
+        return self._list(types.Model, path("v1", "models"), limit)
+
+
+class AsyncAdapters(_Namespace):
+    """LoRA adapters."""
+
+    async def create(
+        self,
+        *,
+        source: str,
+        base_model: str | None = None,
+        name: str | None = None,
+        metadata: Mapping[str, Any] | None = None,
+    ) -> AsyncJobHandle[Resource]:
+        """Have the service fetch an adapter: `tinker://…`, `hf://…`, `s3://…` or `file://…`."""
+        return await self._submit(path("v1", "adapters"), adapter_body(source, base_model, name, metadata))
+
+    async def get(self, adapter_id: str) -> Resource:
+        """One adapter."""
+        adapter: Resource = await self._get(Resource, path("v1", "adapters", adapter_id))
+        return adapter
+
+    async def delete(self, adapter_id: str) -> None:
+        """Delete an adapter."""
+        await self._delete(path("v1", "adapters", adapter_id))
+
+    def list(self, limit: int | None = None) -> AsyncIterator[Resource]:
+        """One's adapters, newest first."""
+        return self._list(Resource, path("v1", "adapters"), limit)
+
+
+class AsyncExtractions(_Namespace):
+    """Hidden states of texts."""
+
+    async def create(
+        self, *, wait: float = 0.0, idempotency_key: str | None = None, **fields: Unpack[ExtractionFields]
+    ) -> AsyncJobHandle[AsyncExtraction]:
+        """Submit an extraction; the fields are those of `types.ExtractionRequest`.
+
+        `wait`: seconds (up to 60) for which this call may wait for the job's end, which spares short work a second
+        request. The same `idempotency_key` and fields again within 24 h give the same job; without one, a key is
+        made, so that a repeated request never makes two jobs.
+        """
+        return await self._submit(path("v1", "extractions"), extraction_body(fields), wait, idempotency_key)
+
+    async def get(self, extraction_id: str) -> AsyncExtraction:
+        """One extraction."""
+        extraction: AsyncExtraction = await self._get(AsyncExtraction, path("v1", "extractions", extraction_id))
+        return extraction
+
+    async def delete(self, extraction_id: str) -> None:
+        """Delete an extraction."""
+        await self._delete(path("v1", "extractions", extraction_id))
+
+    def list(self, limit: int | None = None) -> AsyncIterator[AsyncExtraction]:
+        """One's extractions, newest first."""
+        return self._list(AsyncExtraction, path("v1", "extractions"), limit)
+
+
+class AsyncProbes(_Namespace):
+    """Probes on hidden states."""
+
+    async def create(
+        self, *, wait: float = 0.0, idempotency_key: str | None = None, **fields: Unpack[ProbeFields]
+    ) -> AsyncJobHandle[AsyncProbe]:
+        """Submit the training of a probe; the fields are those of `types.ProbeRequest`, `wait` and
+        `idempotency_key` as in `extractions.create`."""
+        return await self._submit(path("v1", "probes"), probe_body(fields), wait, idempotency_key)
+
+    async def get(self, probe_id: str) -> AsyncProbe:
+        """One probe with its report."""
+        probe: AsyncProbe = await self._get(AsyncProbe, path("v1", "probes", probe_id))
+        return probe
+
+    async def delete(self, probe_id: str) -> None:
+        """Delete a probe."""
+        await self._delete(path("v1", "probes", probe_id))
+
+    def list(self, limit: int | None = None) -> AsyncIterator[AsyncProbe]:
+        """One's probes, newest first."""
+        return self._list(AsyncProbe, path("v1", "probes"), limit)
+
+
+class AsyncPredictions(_Namespace):
+    """What probes say of texts."""
+
+    async def create(
+        self,
+        probe: Reference,
+        inputs: Iterable[InputLike] | None = None,
+        *,
+        extraction: Reference | None = None,
+        wait: float = 0.0,
+        idempotency_key: str | None = None,
+        **fields: Unpack[PredictFields],
+    ) -> AsyncJobHandle[AsyncPrediction]:
+        """Submit a prediction; `probe.predict` does the same and waits."""
+        target = path("v1", "probes", identify(probe), "predict")
+        return await self._submit(target, predict_body(inputs, extraction, fields), wait, idempotency_key)
+
+    async def get(self, prediction_id: str) -> AsyncPrediction:
+        """One prediction."""
+        prediction: AsyncPrediction = await self._get(AsyncPrediction, path("v1", "predictions", prediction_id))
+        return prediction
+
+    async def delete(self, prediction_id: str) -> None:
+        """Delete a prediction."""
+        await self._delete(path("v1", "predictions", prediction_id))
+
+
+class AsyncJobs(_Namespace):
+    """Long work."""
+
+    async def attach(self, job_id: str) -> AsyncJobHandle[Any]:
+        """The handle of a job that is there already, as after a crash of the caller."""
+        record = await self._connection.run(_operations.refresh(job_id, self._connection.retry))
+        return AsyncJobHandle(self._connection, record)
+
+    async def get(self, job_id: str) -> types.Job:
+        """How a job stands."""
+        return await self._connection.run(_operations.refresh(job_id, self._connection.retry))
+
+    async def cancel(self, job_id: str) -> types.Job:
+        """Cancel a job: at once if queued, at the next batch if running."""
+        return await self._connection.run(_operations.cancel(job_id, self._connection.retry))
+
+    async def replay(self, job_id: str) -> types.Job:
+        """Put a failed job back into its queue; needs an admin key."""
+        return await self._connection.run(_operations.replay(job_id, self._connection.retry))
+
+    def list(
+        self, *, kind: types.JobKind | None = None, status: types.JobStatus | None = None, limit: int | None = None
+    ) -> AsyncIterator[types.Job]:
+        """One's jobs, newest first."""
+        return self._list(types.Job, path("v1", "jobs"), limit, kind=kind, status=status)

@@ -1,0 +1,203 @@
+"""The namespaces of `Client`, one class a noun. What they send is in `_fields.py` and `_operations.py`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, Unpack
+
+from bathyscope import _operations, types
+from bathyscope._connection import Connection
+from bathyscope._fields import (
+    ExtractionFields,
+    InputLike,
+    LoadFields,
+    PredictFields,
+    ProbeFields,
+    Reference,
+    adapter_body,
+    extraction_body,
+    identify,
+    predict_body,
+    probe_body,
+    request,
+)
+from bathyscope._http import path
+from bathyscope._jobs import JobHandle
+from bathyscope._objects import Extraction, Prediction, Probe, Resource, bind
+
+
+class _Namespace:
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+
+    def _submit(
+        self, target: str, body: Mapping[str, Any], wait: float = 0.0, idempotency_key: str | None = None
+    ) -> JobHandle[Any]:
+        operation = _operations.submit(target, body, self._connection.retry, wait=wait, idempotency_key=idempotency_key)
+        return JobHandle(self._connection, self._connection.run(operation))
+
+    def _get(self, model: type[Any], target: str) -> Any:
+        found = self._connection.run(_operations.get(model, target, self._connection.retry))
+        return bind(found, self._connection)
+
+    def _delete(self, target: str) -> None:
+        self._connection.run(_operations.delete(target, self._connection.retry))
+
+    def _list(self, model: type[Any], target: str, limit: int | None, **query: str | None) -> Iterator[Any]:
+        pages = _operations.pages(model, target, self._connection.retry, limit=limit, query=query)
+        return (bind(item, self._connection) for item in self._connection.iterate(pages))
+
+
+class Models(_Namespace):
+    """Base models that the operator offers."""
+
+    def get(self, name: str) -> types.Model:
+        """One model."""
+        model: types.Model = self._get(types.Model, path("v1", "models", name))
+        return model
+
+    def load(self, name: str, **fields: Unpack[LoadFields]) -> JobHandle[types.Model]:
+        """Have a worker load a model now; needs an admin key."""
+        return self._submit(path("v1", "models", name, "load"), request(types.LoadRequest, fields))
+
+    def unload(self, name: str, **fields: Unpack[LoadFields]) -> JobHandle[types.Model]:
+        """Have the workers let go of a model; needs an admin key."""
+        return self._submit(path("v1", "models", name, "unload"), request(types.LoadRequest, fields))
+
+    def list(self, limit: int | None = None) -> Iterator[types.Model]:
+        """Every model."""
+        return self._list(types.Model, path("v1", "models"), limit)
+
+
+class Adapters(_Namespace):
+    """LoRA adapters."""
+
+    def create(
+        self,
+        *,
+        source: str,
+        base_model: str | None = None,
+        name: str | None = None,
+        metadata: Mapping[str, Any] | None = None,
+    ) -> JobHandle[Resource]:
+        """Have the service fetch an adapter: `tinker://…`, `hf://…`, `s3://…` or `file://…`."""
+        return self._submit(path("v1", "adapters"), adapter_body(source, base_model, name, metadata))
+
+    def get(self, adapter_id: str) -> Resource:
+        """One adapter."""
+        adapter: Resource = self._get(Resource, path("v1", "adapters", adapter_id))
+        return adapter
+
+    def delete(self, adapter_id: str) -> None:
+        """Delete an adapter."""
+        self._delete(path("v1", "adapters", adapter_id))
+
+    def list(self, limit: int | None = None) -> Iterator[Resource]:
+        """One's adapters, newest first."""
+        return self._list(Resource, path("v1", "adapters"), limit)
+
+
+class Extractions(_Namespace):
+    """Hidden states of texts."""
+
+    def create(
+        self, *, wait: float = 0.0, idempotency_key: str | None = None, **fields: Unpack[ExtractionFields]
+    ) -> JobHandle[Extraction]:
+        """Submit an extraction; the fields are those of `types.ExtractionRequest`.
+
+        `wait`: seconds (up to 60) for which this call may wait for the job's end, which spares short work a second
+        request. The same `idempotency_key` and fields again within 24 h give the same job; without one, a key is
+        made, so that a repeated request never makes two jobs.
+        """
+        return self._submit(path("v1", "extractions"), extraction_body(fields), wait, idempotency_key)
+
+    def get(self, extraction_id: str) -> Extraction:
+        """One extraction."""
+        extraction: Extraction = self._get(Extraction, path("v1", "extractions", extraction_id))
+        return extraction
+
+    def delete(self, extraction_id: str) -> None:
+        """Delete an extraction."""
+        self._delete(path("v1", "extractions", extraction_id))
+
+    def list(self, limit: int | None = None) -> Iterator[Extraction]:
+        """One's extractions, newest first."""
+        return self._list(Extraction, path("v1", "extractions"), limit)
+
+
+class Probes(_Namespace):
+    """Probes on hidden states."""
+
+    def create(
+        self, *, wait: float = 0.0, idempotency_key: str | None = None, **fields: Unpack[ProbeFields]
+    ) -> JobHandle[Probe]:
+        """Submit the training of a probe; the fields are those of `types.ProbeRequest`, `wait` and
+        `idempotency_key` as in `extractions.create`."""
+        return self._submit(path("v1", "probes"), probe_body(fields), wait, idempotency_key)
+
+    def get(self, probe_id: str) -> Probe:
+        """One probe with its report."""
+        probe: Probe = self._get(Probe, path("v1", "probes", probe_id))
+        return probe
+
+    def delete(self, probe_id: str) -> None:
+        """Delete a probe."""
+        self._delete(path("v1", "probes", probe_id))
+
+    def list(self, limit: int | None = None) -> Iterator[Probe]:
+        """One's probes, newest first."""
+        return self._list(Probe, path("v1", "probes"), limit)
+
+
+class Predictions(_Namespace):
+    """What probes say of texts."""
+
+    def create(
+        self,
+        probe: Reference,
+        inputs: Iterable[InputLike] | None = None,
+        *,
+        extraction: Reference | None = None,
+        wait: float = 0.0,
+        idempotency_key: str | None = None,
+        **fields: Unpack[PredictFields],
+    ) -> JobHandle[Prediction]:
+        """Submit a prediction; `probe.predict` does the same and waits."""
+        target = path("v1", "probes", identify(probe), "predict")
+        return self._submit(target, predict_body(inputs, extraction, fields), wait, idempotency_key)
+
+    def get(self, prediction_id: str) -> Prediction:
+        """One prediction."""
+        prediction: Prediction = self._get(Prediction, path("v1", "predictions", prediction_id))
+        return prediction
+
+    def delete(self, prediction_id: str) -> None:
+        """Delete a prediction."""
+        self._delete(path("v1", "predictions", prediction_id))
+
+
+class Jobs(_Namespace):
+    """Long work."""
+
+    def attach(self, job_id: str) -> JobHandle[Any]:
+        """The handle of a job that is there already, as after a crash of the caller."""
+        record = self._connection.run(_operations.refresh(job_id, self._connection.retry))
+        return JobHandle(self._connection, record)
+
+    def get(self, job_id: str) -> types.Job:
+        """How a job stands."""
+        return self._connection.run(_operations.refresh(job_id, self._connection.retry))
+
+    def cancel(self, job_id: str) -> types.Job:
+        """Cancel a job: at once if queued, at the next batch if running."""
+        return self._connection.run(_operations.cancel(job_id, self._connection.retry))
+
+    def replay(self, job_id: str) -> types.Job:
+        """Put a failed job back into its queue; needs an admin key."""
+        return self._connection.run(_operations.replay(job_id, self._connection.retry))
+
+    def list(
+        self, *, kind: types.JobKind | None = None, status: types.JobStatus | None = None, limit: int | None = None
+    ) -> Iterator[types.Job]:
+        """One's jobs, newest first."""
+        return self._list(types.Job, path("v1", "jobs"), limit, kind=kind, status=status)

@@ -1,0 +1,294 @@
+"""Extractions: hidden states of texts."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Discriminator, Field, StringConstraints, Tag, field_validator, model_validator
+
+from bathyscope.types._base import (
+    AnswerModel,
+    ComputeDtype,
+    Metadata,
+    Quantization,
+    RequestModel,
+    Time,
+    WorkRequest,
+)
+
+Dtype = Literal["float32", "float16", "bfloat16"]
+Pooling = Literal["last", "mean", "max", "first", "none"]
+Format = Literal["safetensors", "npy", "arrow", "json"]
+
+
+class Message(RequestModel):
+    """One turn of a chat."""
+
+    role: str = Field(min_length=1, max_length=64)
+    """`system`, `user`, `assistant` or whatever the model's template knows."""
+
+    content: str
+    """What was said."""
+
+
+class MessagesInput(RequestModel):
+    """A chat, rendered with the model's own template."""
+
+    messages: list[Message] = Field(min_length=1, max_length=1024)
+    """The turns, oldest first."""
+
+
+class TokenIdsInput(RequestModel):
+    """A text that is tokenised already; nothing is added to it."""
+
+    token_ids: list[Annotated[int, Field(ge=0, lt=2**31)]]
+    """Ids of the model's own vocabulary."""
+
+
+class PromptInput(RequestModel):
+    """A question with its answer, for labels that say whether the model is right."""
+
+    prompt: str
+    """What comes before the choice or the answer."""
+
+    choices: list[str] | None = Field(default=None, min_length=2, max_length=64)
+    """The possible continuations; without them the model's own greedy answer is matched."""
+
+    answer: int | str
+    """The right choice's index, from 0, or the right answer's text."""
+
+
+def _input_tag(value: Any) -> str:
+    if isinstance(value, str):
+        return "input:text"
+    members = value if isinstance(value, dict) else getattr(value, "__dict__", {})
+    for member, tag in (
+        ("messages", "input:messages"),
+        ("token_ids", "input:token_ids"),
+        ("prompt", "input:prompt"),
+    ):
+        if member in members:
+            return tag
+    return "input:unknown"
+
+
+Input = Annotated[
+    Annotated[str, Tag("input:text")]
+    | Annotated[MessagesInput, Tag("input:messages")]
+    | Annotated[TokenIdsInput, Tag("input:token_ids")]
+    | Annotated[PromptInput, Tag("input:prompt")],
+    Discriminator(
+        _input_tag,
+        custom_error_type="input_kind",
+        custom_error_message=(
+            'an input is a string, {"messages": […]}, {"token_ids": […]} or {"prompt": …, "answer": …}'
+        ),
+    ),
+]
+"""One text, in any of the four forms."""
+
+
+class Positions(RequestModel):
+    """Which tokens of each input count. Give one of the two; negative numbers count from the end."""
+
+    span: list[int] | None = Field(default=None, min_length=2, max_length=2)
+    """`[a, b)`: only these tokens are pooled."""
+
+    tokens: list[int] | None = Field(default=None, min_length=1, max_length=4096)
+    """Just these tokens, in this order; with pooling `none`."""
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> Positions:
+        if (self.span is None) == (self.tokens is None):
+            raise ValueError("give either span or tokens")
+        return self
+
+
+EveryLayers = Annotated[str, StringConstraints(pattern=r"^every:[1-9][0-9]{0,3}$")]
+
+
+class ExtractionOptions(RequestModel):
+    """What decides the numbers, apart from the inputs."""
+
+    model: str = Field(min_length=1, max_length=256)
+    """Name of a base model, as `GET /v1/models` gives it."""
+
+    adapter: str | list[str] | None = None
+    """An adapter's id, null for the base model, or a list such as `["base", "ad_…"]` for each on the same tokens."""
+
+    quantization: Quantization = "none"
+    """How the base model's weights are held."""
+
+    layers: Annotated[list[int], Field(min_length=1, max_length=4096)] | Literal["all"] | EveryLayers = "all"
+    """Entries of the `hidden_states` tuple: 0 the embeddings, k the output of block k, the last one after the final
+    norm; negative from the end; `every:4` is 0, 4, 8, … and the last. The answer keeps this order."""
+
+    pooling: Pooling = "last"
+    """How the tokens of a text become one vector; `none` keeps every token."""
+
+    positions: Positions | None = None
+    """Restricts the tokens that count."""
+
+    template: Literal["none", "chat"] = "none"
+    """`chat` turns each string into one user message of the model's chat template."""
+
+    add_generation_prompt: bool = True
+    """Whether the chat template ends with the header of the assistant's turn."""
+
+    max_length: int | None = Field(default=None, ge=1, le=10_000_000)
+    """Most tokens of one input; null is the model's own maximum."""
+
+    truncation: Literal["error", "left", "right"] = "error"
+    """What happens to an input beyond `max_length`: refused, or cut on that side."""
+
+    dtype: Dtype = "float32"
+    """Type of the numbers in the result."""
+
+    compute_dtype: ComputeDtype = "auto"
+    """Type the model runs in: `auto` is the registry's, by default float32 on CPU and bfloat16 on GPU."""
+
+    batch_invariant: bool = True
+    """With 8bit and an outlier threshold above 0 a text's states depend on its batch-mates, so texts run alone;
+    false gives that up for speed."""
+
+    @field_validator("layers", mode="after")
+    @classmethod
+    def _no_layer_twice(cls, layers: list[int] | str) -> list[int] | str:
+        if isinstance(layers, list) and len(set(layers)) != len(layers):
+            raise ValueError("a layer is named twice")
+        return layers
+
+    @model_validator(mode="after")
+    def _positions_fit_pooling(self) -> ExtractionOptions:
+        if self.positions is not None and self.positions.tokens is not None and self.pooling != "none":
+            raise ValueError("positions.tokens goes with pooling none; use positions.span to restrict what is pooled")
+        return self
+
+
+class ExtractionRequest(ExtractionOptions, WorkRequest):
+    """`POST /v1/extractions`."""
+
+    inputs: list[Input] | None = Field(default=None, min_length=1)
+    """The texts."""
+
+    dataset: dict[str, Any] | None = None
+    """A dataset by name or id, instead of inputs."""
+
+    score_choices: bool = False
+    """Also score the choices of `prompt` inputs."""
+
+    max_new_tokens: int = Field(default=32, ge=1, le=1024)
+    """Bound of the greedy answer of `prompt` inputs without choices."""
+
+    match: Literal["exact", "normalised"] = "normalised"
+    """How a greedy answer is compared with the right one."""
+
+    metadata: Metadata | None = None
+    """Free JSON of the caller's own."""
+
+    @model_validator(mode="after")
+    def _inputs_or_dataset(self) -> ExtractionRequest:
+        if (self.inputs is None) == (self.dataset is None):
+            raise ValueError("give either inputs or dataset")
+        return self
+
+
+class Identity(AnswerModel):
+    """What must be equal for two sets of states to be comparable."""
+
+    model: str
+    """Base model's name."""
+
+    revision: str | None = None
+    """Hub revision or digest of the weights' source."""
+
+    quantization: Quantization = "none"
+    """How the weights were held."""
+
+    quantization_settings: dict[str, Any] = Field(default_factory=dict)
+    """Settings of the quantization that change numbers, as the int8 outlier threshold."""
+
+    adapter: str | None = None
+    """Digest of the adapter, null for the base model."""
+
+    compute_dtype: str
+    """Type the model ran in."""
+
+    template: str = "none"
+    """`none` or `chat`."""
+
+    add_generation_prompt: bool = True
+    """With a template: whether the assistant's header ends it."""
+
+    pooling: Pooling
+    """How tokens became one vector."""
+
+    positions: dict[str, Any] | None = None
+    """Which tokens counted."""
+
+
+class Extraction(AnswerModel):
+    """Hidden states that were made. The numbers are at `links.hidden_states`."""
+
+    id: str
+    """`ext_…`."""
+
+    job: str
+    """The job that made it."""
+
+    model: str
+    """Base model's name."""
+
+    adapter: str | None = None
+    """The adapter's id; null for the base model."""
+
+    adapter_digest: str | None = None
+    """SHA-256 of the adapter; null for the base model."""
+
+    identity: Identity
+    """What another extraction must share to be comparable."""
+
+    layers: list[int]
+    """Layer numbers along the second axis, as asked for, negatives resolved."""
+
+    num_layers: int
+    """Blocks of the model; layer `num_layers` is the state after the final norm."""
+
+    pooling: Pooling
+    """How tokens became one vector."""
+
+    shape: list[int]
+    """`[inputs, layers, hidden]`; with pooling none `[tokens, layers, hidden]`."""
+
+    dtype: Dtype
+    """Type of the numbers."""
+
+    inputs: int
+    """Number of texts."""
+
+    bytes: int
+    """Size of the whole safetensors artifact."""
+
+    sha256: str
+    """Of the whole safetensors artifact, hex."""
+
+    tokens: dict[str, int]
+    """`total` tokens of all inputs, `longest` input, `computed` including padding."""
+
+    cache_hits: int = 0
+    """Inputs that were not computed anew."""
+
+    versions: dict[str, str] = Field(default_factory=dict)
+    """Versions of the libraries that made the numbers."""
+
+    created_at: Time
+    """When it was committed."""
+
+    expires_at: Time | None = None
+    """When it is forgotten; null is never."""
+
+    metadata: dict[str, Any] | None = None
+    """The caller's own."""
+
+    links: dict[str, str] = Field(default_factory=dict)
+    """Paths of what belongs to it."""

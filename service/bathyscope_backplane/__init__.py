@@ -1,0 +1,1 @@
+"""What front end and workers share: the broker, the artifacts, the model registry, the settings."""

@@ -1,0 +1,105 @@
+# mypy: disable-error-code="empty-body"
+"""The bindings of `lua/*.lua`; what each does is told at the top of its file. Replies are as Redis gives them.
+
+Where an attempt is named by `id, worker, token`, the reply 0 means that this attempt does not hold the job any more.
+"""
+
+from __future__ import annotations
+
+from ._lua import lua
+
+
+@lua()
+def submit(
+    *,
+    id: str,
+    fields: list[str],
+    lane: str,
+    owner: str,
+    priority: str,
+    parents: list[str],
+    idempotency_key: str,
+    idempotency_body: str,
+    lane_limit: int,
+    owner_limit: int,
+) -> list[str]:
+    """Queue a job; `fields` are names and values of its hash, in turn -> [outcome, id or number]."""
+
+
+@lua(allow_oom=True)
+def take(
+    *, worker: str, token: str, lanes: list[str], n: int, lease_ms: int, engine_idle: bool, fields: list[str]
+) -> list[int | list[str | None]]:
+    """Lease up to n jobs of one lane -> [solo waiting, values of `fields` of each job, …]."""
+
+
+@lua(allow_oom=True)
+def renew(*, refs: list[list[str]], lease_ms: int) -> list[int]:
+    """Extend leases; refs are [id, worker, token] -> for each 1 held, 2 cancelled, 0 lost."""
+
+
+@lua(allow_oom=True)
+def mark_alone(*, id: str, worker: str, token: str, alone: bool) -> int:
+    """Note whether the job runs alone in its engine."""
+
+
+@lua(allow_oom=True)
+def progress(*, id: str, worker: str, token: str, progress: str) -> int:
+    """Store and announce progress, a JSON object."""
+
+
+@lua(allow_oom=True)
+def finish(*, id: str, worker: str, token: str, resource: str, timings: str) -> int:
+    """End as succeeded and free the children."""
+
+
+@lua(allow_oom=True)
+def fail(*, id: str, worker: str, token: str, problem: str, retry: bool, jitter: float) -> int:
+    """Try again later, or end as failed; `jitter` is a random number in [0, 1)."""
+
+
+@lua(allow_oom=True)
+def release(*, id: str, worker: str, token: str, reason: str) -> int:
+    """Put a leased job back into its lane."""
+
+
+@lua(allow_oom=True)
+def cancel(*, id: str) -> str:
+    """End a queued job, or ask the worker of a running one to stop -> what was done."""
+
+
+@lua(allow_oom=True)
+def acknowledge_cancel(*, id: str, worker: str, token: str) -> int:
+    """End a running job as cancelled."""
+
+
+@lua(allow_oom=True)
+def reap() -> list[object]:
+    """Do what time has made due -> [promoted, [lapsed ids], [expired ids], purged, more]."""
+
+
+@lua()
+def replay(*, id: str) -> int:
+    """Put a dead letter back into its lane -> 1, or 0 when it is none."""
+
+
+@lua(allow_oom=True)
+def forget(*, id: str) -> int:
+    """Remove an ended job's record -> 1 done, 0 no such job, -1 not ended."""
+
+
+@lua(read_only=True)
+def position(*, id: str, sample: int) -> int:
+    """Estimate the jobs that go before a ready one -> their number, -1 when it is not ready."""
+
+
+@lua(read_only=True)
+def listing(
+    *, owner: str, kind: str, status: str, after: str, limit: int, scan: int, fields: list[str]
+) -> list[str | list[str | None]]:
+    """Walk a list of jobs -> [id to go on after or '', values of `fields` of each match, …]."""
+
+
+@lua(read_only=True)
+def stats() -> list[object]:
+    """Count everything -> [lane rows, tally, totals, delayed, waiting, leases, dead letters]."""

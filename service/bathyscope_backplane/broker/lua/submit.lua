@@ -1,0 +1,56 @@
+-- Queues a job: dedupe, limits, hash, lists, and its place in the lane or behind its parents, at once.
+
+local record = prefix .. 'job:' .. id
+if idempotency_key ~= '' then
+  local known = redis.call('GET', prefix .. 'idem:' .. idempotency_key)
+  if known then
+    local body, first = string.match(known, '^(.*)|([^|]*)$')
+    if redis.call('EXISTS', prefix .. 'job:' .. first) == 1 then
+      if body ~= idempotency_body then return { 'mismatch', first } end
+      return { 'replayed', first }
+    end
+  end
+end
+-- The caller drew this id for this job, so this is the same submit, sent again by a connection that broke.
+if redis.call('EXISTS', record) == 1 then return { 'queued', id } end
+
+local load_of_lane = tonumber(redis.call('HGET', prefix .. 'lane_load', lane) or '0')
+if load_of_lane >= lane_limit then return { 'lane_full', tostring(load_of_lane) } end
+local load_of_owner = tonumber(redis.call('HGET', prefix .. 'owner_load', owner) or '0')
+if load_of_owner >= owner_limit then return { 'owner_full', tostring(load_of_owner) } end
+
+local unmet, problem = 0, nil
+for _, parent in ipairs(parents) do
+  local status, cause = unpack(redis.call('HMGET', prefix .. 'job:' .. parent, 'status', 'error'))
+  if not status then
+    problem = problem or dependency_problem(parent, 'does not exist, or not any more', nil)
+  elseif HOW[status] then
+    problem = problem or dependency_problem(parent, HOW[status], cause)
+  elseif status ~= 'succeeded' then
+    unmet = unmet + 1
+    redis.call('SADD', prefix .. 'children:' .. parent, id)
+  end
+end
+
+local sequence = next_number()
+redis.call('HSET', record, 'status', 'queued', 'state', 'waiting', 'created_at', now, 'sequence', sequence,
+  'attempt', '0', 'group_deaths', '0', 'solo', '0', 'alone', '0', 'unmet', unmet, unpack(fields))
+if idempotency_key ~= '' then
+  redis.call('SET', prefix .. 'idem:' .. idempotency_key, idempotency_body .. '|' .. id,
+    'PX', terms.idempotency_ttl_ms)
+end
+redis.call('ZADD', prefix .. 'jobs', 0, id)
+redis.call('ZADD', prefix .. 'jobs:' .. owner, 0, id)
+redis.call('ZADD', prefix .. 'expiry', now + terms.queue_ttl_ms, id)
+add('lane_load', lane, 1)
+add('owner_load', owner, 1)
+add('tally', 'queued', 1)
+
+if problem then
+  end_job(id, load(id), 'failed', problem, { 'reason', 'dependency_failed' })
+elseif unmet > 0 then
+  redis.call('SADD', prefix .. 'waiting', id)
+else
+  make_ready(id, { lane = lane, owner = owner, class = CLASS[priority], sequence = sequence, solo = '0' })
+end
+return { 'queued', id }

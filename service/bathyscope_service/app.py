@@ -1,0 +1,62 @@
+"""The front end as an ASGI application."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from importlib.metadata import version
+
+from fastapi import FastAPI
+from fastapi_offline import FastAPIOffline
+
+from bathyscope_backplane.plane import open_backplane
+from bathyscope_backplane.settings import Settings
+from bathyscope_service import openapi, problems
+from bathyscope_service.context import Context, Places
+from bathyscope_service.extractions.endpoints import router as extractions
+from bathyscope_service.guards import Guard
+from bathyscope_service.jobs.endpoints import router as jobs
+from bathyscope_service.later.endpoints import router as later
+from bathyscope_service.models.endpoints import router as models
+from bathyscope_service.probes.endpoints import router as probes
+from bathyscope_service.system.endpoints import router as system
+
+_DESCRIPTION = """
+Hidden states of language models, LoRA adapters applied whole or refused, and calibrated probes, as jobs.
+
+Every POST that makes work answers `202` with a Job. Poll `GET /v1/jobs/{id}`, hold it with `Prefer: wait=60`, or listen
+to its events; when it has succeeded, `resource` is the path of what was made. Errors are problem documents (RFC 9457).
+"""
+
+
+def create_app(settings: Settings, *, loopback: bool) -> FastAPI:
+    """The application; `loopback` says that it is bound to loopback only, where it may run without keys."""
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        limits = settings.limits
+        async with open_backplane(settings) as plane, await plane.broker.subscribe() as listener:
+            app.state.context = Context(
+                plane=plane,
+                listener=listener,
+                loopback=loopback,
+                waiting=Places(limits.max_waiting, limits.max_waiting_per_key),
+                streams=Places(limits.max_event_streams, limits.max_event_streams_per_key),
+            )
+            yield
+
+    app: FastAPI = FastAPIOffline(
+        redoc_url=None,
+        title="Bathyscope",
+        version=version("bathyscope"),
+        summary="Hidden states, adapters and calibrated probes for fine-tuned language models.",
+        description=_DESCRIPTION,
+        lifespan=lifespan,
+        swagger_ui_parameters={"persistAuthorization": True},
+    )
+    app.openapi = lambda: openapi.document(app)  # type: ignore[method-assign]
+    problems.install(app)
+    app.add_middleware(Guard)
+    for router in (extractions, probes, models, jobs, system, later):
+        app.include_router(router)
+    return app

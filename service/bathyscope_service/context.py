@@ -1,0 +1,78 @@
+"""What every endpoint works with: the backplane, the waiters, and who asks."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Annotated
+
+from fastapi import Depends, Request
+
+from bathyscope_backplane.broker import Listener
+from bathyscope_backplane.keys import ApiKey
+from bathyscope_backplane.plane import Backplane
+
+
+@dataclass(slots=True)
+class Places:
+    """Connections that may be held open, in all and by key."""
+
+    total: int
+    per_key: int
+    taken: Counter[str] = field(default_factory=Counter)
+
+    @contextmanager
+    def take(self, owner: str) -> Iterator[bool]:
+        """A place while the block runs; False when there is none."""
+        if self.taken.total() >= self.total or self.taken[owner] >= self.per_key:
+            yield False
+            return
+        self.taken[owner] += 1
+        try:
+            yield True
+        finally:
+            self.taken[owner] -= 1
+            if not self.taken[owner]:
+                del self.taken[owner]
+
+
+@dataclass(slots=True)
+class Context:
+    """One front end."""
+
+    plane: Backplane
+    listener: Listener
+    loopback: bool
+    """Whether it listens on loopback only, and so may run without keys."""
+
+    waiting: Places
+    """Requests that wait for a job."""
+
+    streams: Places
+    """Open event streams."""
+
+    draining: bool = False
+    """Set when the process is to end: waits and streams are let go."""
+
+    def let_go(self) -> None:
+        """End every wait and stream soon, for the process is to end."""
+        self.draining = True
+        self.listener.wake_all()
+
+
+def get_context(request: Request) -> Context:
+    """The front end's context."""
+    context: Context = request.app.state.context
+    return context
+
+
+def get_caller(request: Request) -> ApiKey:
+    """Who asks; set by the guard in front of every route under /v1."""
+    caller: ApiKey = request.state.caller
+    return caller
+
+
+Ctx = Annotated[Context, Depends(get_context)]
+Caller = Annotated[ApiKey, Depends(get_caller)]

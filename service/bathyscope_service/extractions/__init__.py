@@ -1,0 +1,1 @@
+"""Extractions: hidden states of texts."""

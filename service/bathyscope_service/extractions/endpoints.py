@@ -1,0 +1,217 @@
+"""`/v1/extractions`."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated
+
+from fastapi import APIRouter, Depends, Query, Request
+from fastapi.responses import StreamingResponse
+from starlette.responses import Response
+
+from bathyscope import errors
+from bathyscope.types import Extraction, ExtractionRequest, Format, Job, Page
+from bathyscope_backplane.ids import new_id
+from bathyscope_service.bodies import describes, json_body
+from bathyscope_service.context import Caller, Context, Ctx
+from bathyscope_service.extractions.checks import check, lane_of, model_entry, refuse_unbuilt
+from bathyscope_service.extractions.representations import MEDIA_TYPES, States
+from bathyscope_service.jobs.submission import Work, answer, refuse_webhook, submit
+from bathyscope_service.problems import responses
+from bathyscope_service.resources import resource_list, resource_of, resource_response, result_headers
+
+router = APIRouter(prefix="/v1/extractions", tags=["extractions"])
+
+_RANGE = re.compile(r"^bytes=(\d{0,18})-(\d{0,18})$")
+
+_EXAMPLE = {
+    "model": "smollm2",
+    "inputs": ["The capital of France is Paris.", {"messages": [{"role": "user", "content": "Hello!"}]}],
+    "layers": [8, 16, -1],
+    "pooling": "last",
+}
+
+
+@router.post(
+    "",
+    summary="Extract hidden states",
+    status_code=202,
+    response_model=Job,
+    openapi_extra=describes(ExtractionRequest, _EXAMPLE),
+    responses={
+        200: {"model": Job, "description": "The finished job, with `Prefer: wait=N`."},
+        **responses(
+            errors.MalformedBody,
+            errors.ModelUnknown,
+            errors.RequestTimeout,
+            errors.TooLarge,
+            errors.UnsupportedMedia,
+            errors.InvalidRequest,
+            errors.InvalidInput,
+            errors.IdempotencyMismatch,
+            errors.LaneFull,
+            errors.QuotaExceeded,
+            errors.NotBuilt,
+        ),
+    },
+)
+async def create_extraction(
+    request: Request,
+    context: Ctx,
+    caller: Caller,
+    body: Annotated[ExtractionRequest, Depends(json_body(ExtractionRequest))],
+) -> Response:
+    """Queue the extraction of hidden states of texts; the job's `resource` is the extraction."""
+    work = await extraction_work(context, body)
+    job_id, replayed = await submit(context, request, caller, work)
+    return await answer(context, request, caller, job_id, replayed)
+
+
+async def extraction_work(context: Context, body: ExtractionRequest) -> Work:
+    """The job of a valid request. Raises what the front end can tell."""
+    refuse_webhook(body)
+    refuse_unbuilt(body)
+    entry = await model_entry(context, body.model, body.quantization)
+    inputs = body.inputs or []
+    check(entry, body, inputs, context.plane.settings.limits)
+    spec = body.model_dump(exclude={"inputs", "dataset", "priority", "webhook"})
+    return Work(
+        kind="extraction",
+        lane=lane_of(entry, body),
+        spec=spec,
+        rows=[item if isinstance(item, str) else item.model_dump() for item in inputs],
+        request={**body.model_dump(exclude={"inputs"}, exclude_defaults=True), "inputs": len(inputs)},
+        resource_id=new_id("ext"),
+        priority=body.priority,
+    )
+
+
+@router.get("", summary="List extractions", response_model=Page[Extraction], responses=responses(errors.InvalidRequest))
+async def list_extractions(
+    context: Ctx,
+    caller: Caller,
+    limit: Annotated[int, Query(ge=1, le=200)] = 50,
+    cursor: Annotated[str | None, Query(max_length=200)] = None,
+) -> Response:
+    """One's own extractions, newest first; an admin key sees all."""
+    return await resource_list(context, caller, "extraction", limit, cursor)
+
+
+@router.get(
+    "/{extraction_id}",
+    summary="Read an extraction",
+    response_model=Extraction,
+    responses=responses(errors.NotFound, errors.Expired, errors.InvalidRequest),
+)
+async def get_extraction(extraction_id: str, context: Ctx, caller: Caller) -> Response:
+    """What was extracted and under which identity; the numbers are at `links.hidden_states`."""
+    return resource_response(await resource_of(context, caller, "extraction", extraction_id))
+
+
+@router.delete(
+    "/{extraction_id}",
+    summary="Delete an extraction",
+    status_code=204,
+    responses=responses(errors.NotFound, errors.Expired, errors.InvalidRequest),
+)
+async def delete_extraction(extraction_id: str, context: Ctx, caller: Caller) -> Response:
+    """Remove the extraction and its hidden states."""
+    await context.plane.catalogue.delete(await resource_of(context, caller, "extraction", extraction_id))
+    return Response(status_code=204)
+
+
+@router.get(
+    "/{extraction_id}/hidden_states",
+    summary="Read hidden states",
+    response_class=StreamingResponse,
+    responses={
+        200: {
+            "description": "The tensor, streamed.",
+            "content": {media: {"schema": {"type": "string", "format": "binary"}} for media in MEDIA_TYPES.values()},
+        },
+        206: {"description": "The part that `Range` asked for."},
+        304: {"description": "`If-None-Match` names the present representation."},
+        **responses(
+            errors.NotFound,
+            errors.Expired,
+            errors.InvalidRequest,
+            errors.NotAcceptable,
+            errors.TooLarge,
+            errors.RangeUnsatisfiable,
+        ),
+    },
+)
+async def get_hidden_states(
+    extraction_id: str,
+    request: Request,
+    context: Ctx,
+    caller: Caller,
+    format: Annotated[Format | None, Query(description="By default what `Accept` names, else safetensors.")] = None,
+    layers: Annotated[str | None, Query(max_length=20_000, description="Layer numbers, as `8,16`.")] = None,
+    rows: Annotated[str | None, Query(max_length=40, description="Inputs, inclusive, as `0-99`.")] = None,
+) -> Response:
+    """The hidden states, whole or some layers and rows of them, in one of four formats."""
+    resource = await resource_of(context, caller, "extraction", extraction_id)
+    chosen = format or _accepted(request.headers.get("accept", "*/*"))
+    states = States(context.plane.store, resource)
+    selection = states.select(layers, rows)
+    etag = states.etag(chosen, selection)
+    headers = {**result_headers(resource), "ETag": etag, "Cache-Control": "private, max-age=3600", "Vary": "Accept"}
+    if etag in [tag.strip().removeprefix("W/") for tag in request.headers.get("if-none-match", "").split(",")]:
+        return Response(status_code=304, headers=headers)
+    media_type = MEDIA_TYPES[chosen]
+    headers["Content-Disposition"] = f'attachment; filename="{extraction_id}.{chosen}"'
+    states.require(chosen)
+    if chosen == "json":
+        content = await states.json(selection, context.plane.settings.limits.max_json_bytes)
+        return Response(content, headers=headers, media_type=media_type)
+    if chosen == "arrow":
+        return StreamingResponse(states.arrow(selection), headers=headers, media_type=media_type)
+    pieces = await states.pieces(chosen, selection)
+    start, end, status = 0, len(pieces), 200
+    if pieces.contiguous:
+        headers["Accept-Ranges"] = "bytes"
+        if request.headers.get("if-range", etag) == etag:
+            start, end, status = _range(request.headers.get("range"), len(pieces))
+        if status == 206:
+            headers["Content-Range"] = f"bytes {start}-{end - 1}/{len(pieces)}"
+    headers["Content-Length"] = str(end - start)
+    return StreamingResponse(pieces.stream(start, end), status, headers, media_type)
+
+
+def _range(header: str | None, length: int) -> tuple[int, int, int]:
+    """First byte, byte after the last, and status, for one range (RFC 9110); several are answered whole."""
+    found = _RANGE.match(header.strip()) if header is not None else None
+    if found is None or not (found[1] or found[2]):
+        return 0, length, 200
+    if not found[1]:
+        start, end = max(0, length - int(found[2])), length
+    else:
+        start, end = int(found[1]), min(int(found[2] or length - 1) + 1, length)
+    if start >= end:
+        if found[1] and found[2] and int(found[2]) < int(found[1]):
+            return 0, length, 200  # not a range at all
+        raise errors.RangeUnsatisfiable(f"The representation has {length} bytes; {header} asks for none of them.")
+    return start, end, 206
+
+
+def _accepted(accept: str) -> Format:
+    """The format that an Accept header prefers. Raises `NotAcceptable`."""
+    choices: dict[str, Format] = {media: name for name, media in MEDIA_TYPES.items()}  # type: ignore[misc]
+    choices |= {"*/*": "safetensors", "application/octet-stream": "safetensors", "application/*": "safetensors"}
+    best: tuple[float, Format] | None = None
+    for entry in accept.split(","):
+        media, *parameters = [part.strip().lower() for part in entry.split(";")]
+        quality = 1.0
+        for parameter in parameters:
+            name, _, value = parameter.partition("=")
+            if name.strip() == "q":
+                try:
+                    quality = float(value)
+                except ValueError:
+                    quality = 0.0
+        if media in choices and quality > 0 and (best is None or quality > best[0]):
+            best = (quality, choices[media])
+    if best is None:
+        raise errors.NotAcceptable(f"Accept names none of {', '.join(MEDIA_TYPES.values())}; or give format=.")
+    return best[1]

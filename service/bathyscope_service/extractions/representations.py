@@ -1,0 +1,360 @@
+"""Hidden states as safetensors, npy, Arrow or JSON, streamed from the store.
+
+A representation is a row of pieces, each of known length: bytes that stand for themselves (headers) and ranges of the
+artifact. Whole results and ranges of rows are contiguous in the artifact, so they go from the store to the socket as
+they are. A choice of layers is cut out of pieces of some megabytes. Nothing holds a whole result.
+
+Formats: safetensors (8 bytes length, JSON header, data), NPY 1.0 (NEP 1), the Arrow IPC stream.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import orjson
+import pyarrow as pa
+
+from bathyscope.errors import FieldError, InvalidRequest, NotAcceptable, TooLarge
+from bathyscope_backplane.artifacts import ArtifactStore, Resource
+from bathyscope_backplane.artifacts._store import CHUNK_BYTES
+
+MEDIA_TYPES = {
+    "safetensors": "application/vnd.safetensors",
+    "npy": "application/x-npy",
+    "arrow": "application/vnd.apache.arrow.stream",
+    "json": "application/json",
+}
+_NUMPY: dict[str, np.dtype[Any]] = {
+    "F32": np.dtype("<f4"),
+    "F16": np.dtype("<f2"),
+    "BF16": np.dtype("<u2"),
+    "I64": np.dtype("<i8"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """Which part of an extraction is asked for."""
+
+    layers: list[int] | None
+    """Positions along the layer axis, null for all of them."""
+
+    rows: tuple[int, int]
+    """Inputs `[first, last)`."""
+
+    whole: bool
+    """Neither layers nor rows were restricted."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tensor:
+    """Where a tensor lies in the artifact."""
+
+    dtype: str
+    """As safetensors names it."""
+
+    shape: list[int]
+    start: int
+    """First byte in the file."""
+
+    end: int
+    """Byte after the last."""
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one entry of the first axis."""
+        return (self.end - self.start) // self.shape[0] if self.shape[0] else 0
+
+
+class States:
+    """The artifact of one extraction, opened for reading."""
+
+    def __init__(self, store: ArtifactStore, resource: Resource) -> None:
+        self._store = store
+        self._blob = resource.blobs["states"]
+        self._tensors = {name: Tensor(**entry) for name, entry in resource.private["layout"].items()}
+        self._ragged = resource.body["pooling"] == "none"
+        self._layers: list[int] = resource.body["layers"]
+        self._num_layers: int = resource.body["num_layers"]
+        self._inputs: int = resource.body["inputs"]
+        self._metadata: dict[str, str] = resource.private.get("metadata", {})
+
+    def select(self, layers: str | None, rows: str | None) -> Selection:
+        """Read the query parameters `layers=8,16` and `rows=0-99`. Raises `InvalidRequest`."""
+        chosen = None if layers is None else [self._position(text.strip()) for text in layers.split(",")]
+        if chosen is not None and len(set(chosen)) != len(chosen):
+            raise _invalid("/layers", "a layer is named twice")
+        first, last = (0, self._inputs) if rows is None else self._row_range(rows)
+        return Selection(chosen, (first, last), whole=layers is None and rows is None)
+
+    def _position(self, text: str) -> int:
+        try:
+            layer = int(text[:12])
+        except ValueError:
+            layer = self._num_layers + 1
+        layer = layer + self._num_layers + 1 if layer < 0 else layer
+        if layer not in self._layers:
+            known = ", ".join(map(str, self._layers[:40]))
+            raise _invalid("/layers", f"this extraction holds the layers {known}, not {text[:20]!r}")
+        return self._layers.index(layer)
+
+    def _row_range(self, text: str) -> tuple[int, int]:
+        first, _, last = text.partition("-")
+        if not (first.isascii() and first.isdigit() and len(first) < 12) or (
+            last and not (last.isascii() and last.isdigit() and len(last) < 12)
+        ):
+            raise _invalid("/rows", "give rows as first-last, counted from 0, both inclusive, such as 0-99")
+        start, stop = int(first), int(last or first)
+        if stop < start or stop >= self._inputs:
+            raise _invalid("/rows", f"this extraction holds the inputs 0-{self._inputs - 1}, not {text[:30]!r}")
+        return start, stop + 1
+
+    def etag(self, format: str, selection: Selection) -> str:
+        """A strong validator of one representation."""
+        what = f"{self._blob.sha256}|{format}|{selection.layers}|{selection.rows}"
+        return f'"{hashlib.sha256(what.encode()).hexdigest()[:40]}"'
+
+    async def pieces(self, format: str, selection: Selection) -> Pieces:
+        """A representation of known length: safetensors or npy."""
+        if format == "safetensors":
+            return await self._safetensors(selection)
+        states = self._tensors["hidden_states"]
+        vectors = await self._vectors(selection)
+        shape = self._shape(selection, vectors)
+        head = io.BytesIO()
+        np.lib.format.write_array_header_1_0(
+            head, {"descr": _NUMPY[states.dtype].str, "fortran_order": False, "shape": tuple(shape)}
+        )
+        return Pieces(self._store, self._blob.key, [head.getvalue(), self._cut(states, selection, vectors)])
+
+    async def _safetensors(self, selection: Selection) -> Pieces:
+        if selection.whole:
+            return Pieces(self._store, self._blob.key, [Cut(0, self._blob.bytes)])
+        first, last = await self._tokens(*selection.rows)
+        offsets = (await self._offsets(*selection.rows)) - first
+        tokens = self._tensors["token_ids"]
+        states = self._tensors["hidden_states"]
+        vectors = await self._vectors(selection)
+        parts: list[bytes | Cut] = [
+            self._cut(states, selection, vectors),
+            Cut(tokens.start + first * 8, tokens.start + last * 8),
+            offsets.astype("<i8").tobytes(),
+        ]
+        layers = self._layers if selection.layers is None else [self._layers[index] for index in selection.layers]
+        metadata = {
+            **self._metadata,
+            "layers": json.dumps(layers),
+            "rows": f"{selection.rows[0]}-{selection.rows[1] - 1}",
+        }
+        header: dict[str, Any] = {"__metadata__": metadata}
+        position = 0
+        for (name, dtype, shape), part in zip(
+            (
+                ("hidden_states", states.dtype, self._shape(selection, vectors)),
+                ("token_ids", "I64", [last - first]),
+                ("offsets", "I64", [len(offsets)]),
+            ),
+            parts,
+            strict=True,
+        ):
+            header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [position, position + len(part)]}
+            position += len(part)
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)
+        return Pieces(self._store, self._blob.key, [len(text).to_bytes(8, "little") + text, *parts])
+
+    async def arrow(self, selection: Selection) -> AsyncIterator[bytes]:
+        """The Arrow IPC stream, one row an input: `index`, `token_ids`, `hidden_states`.
+
+        `hidden_states` is the row's numbers, flat: `[layers, hidden]`, with pooling none `[tokens, layers, hidden]`;
+        the shape stands in the schema's metadata.
+        """
+        states = self._tensors["hidden_states"]
+        layers = len(self._layers) if selection.layers is None else len(selection.layers)
+        width = layers * states.shape[2]
+        value = pa.from_numpy_dtype(_NUMPY[states.dtype])
+        kind = pa.large_list(value) if self._ragged else pa.list_(value, width)
+        schema = pa.schema(
+            [("index", pa.int64()), ("token_ids", pa.large_list(pa.int64())), ("hidden_states", kind)],
+            metadata={**self._metadata, "row_shape": json.dumps([-1, layers, states.shape[2]][not self._ragged :])},
+        )
+        sink = io.BytesIO()
+        with pa.ipc.new_stream(sink, schema) as writer:
+            async for first, last in self._row_groups(selection):
+                offsets = await self._offsets(first, last)
+                numbers = await self._array(selection, first, last, offsets)
+                ids = await self._numbers("token_ids", int(offsets[0]), int(offsets[-1]))
+                relative = offsets - offsets[0]
+                column = (
+                    pa.LargeListArray.from_arrays(pa.array(relative * width), pa.array(numbers.reshape(-1)))
+                    if self._ragged
+                    else pa.FixedSizeListArray.from_arrays(pa.array(numbers.reshape(-1)), width)
+                )
+                tokens = pa.LargeListArray.from_arrays(pa.array(relative), pa.array(ids))
+                writer.write_batch(
+                    pa.record_batch([pa.array(range(first, last), pa.int64()), tokens, column], schema=schema)
+                )
+                yield sink.getvalue()
+                sink.seek(0)
+                sink.truncate()
+        yield sink.getvalue()
+
+    async def json(self, selection: Selection, limit: int) -> bytes:
+        """Everything as JSON, below a limit in bytes of the tensor. Raises `TooLarge`."""
+        states = self._tensors["hidden_states"]
+        vectors = await self._vectors(selection)
+        shape = self._shape(selection, vectors)
+        size = int(np.prod(shape)) * _NUMPY[states.dtype].itemsize
+        if size > limit:
+            raise TooLarge(
+                f"The tensor has {size:,} bytes and JSON is given up to {limit:,}; ask for safetensors, npy or arrow, "
+                "or for fewer layers or rows.",
+                estimate=size,
+                limit=limit,
+            )
+        first, last = selection.rows
+        offsets = await self._offsets(first, last)
+        numbers = await self._array(selection, first, last, offsets)
+        return orjson.dumps(
+            {
+                "shape": shape,
+                "dtype": str(numbers.dtype),
+                "layers": self._layers if selection.layers is None else [self._layers[i] for i in selection.layers],
+                "rows": [first, last - 1],
+                "hidden_states": np.ascontiguousarray(numbers),
+                "token_ids": await self._numbers("token_ids", int(offsets[0]), int(offsets[-1])),
+                "offsets": offsets - offsets[0],
+            },
+            option=orjson.OPT_SERIALIZE_NUMPY,
+        )
+
+    def require(self, format: str) -> None:
+        """Raise `NotAcceptable` for a format that these states are not given in."""
+        if format != "safetensors" and self._tensors["hidden_states"].dtype == "BF16":
+            raise NotAcceptable("bfloat16 is given as safetensors only; ask for format=safetensors, or dtype float32.")
+
+    def _shape(self, selection: Selection, vectors: tuple[int, int]) -> list[int]:
+        states = self._tensors["hidden_states"]
+        layers = states.shape[1] if selection.layers is None else len(selection.layers)
+        return [vectors[1] - vectors[0], layers, states.shape[2]]
+
+    def _cut(self, states: Tensor, selection: Selection, vectors: tuple[int, int]) -> Cut:
+        start = states.start + vectors[0] * states.row_bytes
+        end = states.start + vectors[1] * states.row_bytes
+        if selection.layers is None:
+            return Cut(start, end)
+        return Cut(start, end, row_bytes=states.row_bytes, parts=states.shape[1], chosen=tuple(selection.layers))
+
+    async def _vectors(self, selection: Selection) -> tuple[int, int]:
+        """Entries `[first, last)` of the first axis of the hidden states."""
+        return await self._tokens(*selection.rows) if self._ragged else selection.rows
+
+    async def _tokens(self, first: int, last: int) -> tuple[int, int]:
+        if (first, last) == (0, self._inputs):
+            return 0, self._tensors["token_ids"].shape[0]
+        offsets = await self._offsets(first, last)
+        return int(offsets[0]), int(offsets[-1])
+
+    async def _offsets(self, first: int, last: int) -> np.ndarray[Any, np.dtype[np.int64]]:
+        return await self._numbers("offsets", first, last + 1)
+
+    async def _numbers(self, name: str, first: int, last: int) -> np.ndarray[Any, np.dtype[np.int64]]:
+        tensor = self._tensors[name]
+        data = await self._store.read(self._blob.key, tensor.start + first * 8, tensor.start + last * 8)
+        return np.frombuffer(data, "<i8")
+
+    async def _array(
+        self, selection: Selection, first: int, last: int, offsets: np.ndarray[Any, np.dtype[np.int64]]
+    ) -> np.ndarray[Any, Any]:
+        """The numbers of inputs `[first, last)`: `(vectors, layers, hidden)`."""
+        states = self._tensors["hidden_states"]
+        low, high = (int(offsets[0]), int(offsets[-1])) if self._ragged else (first, last)
+        start = states.start + low * states.row_bytes
+        data = await self._store.read(self._blob.key, start, states.start + high * states.row_bytes)
+        whole = np.frombuffer(data, _NUMPY[states.dtype]).reshape(high - low, *states.shape[1:])
+        return whole if selection.layers is None else whole[:, selection.layers]
+
+    async def _row_groups(self, selection: Selection) -> AsyncIterator[tuple[int, int]]:
+        """Consecutive inputs whose states are some megabytes together."""
+        states = self._tensors["hidden_states"]
+        first, last = selection.rows
+        if not self._ragged:
+            step = max(1, CHUNK_BYTES // max(1, states.row_bytes))
+            for start in range(first, last, step):
+                yield start, min(start + step, last)
+            return
+        offsets = await self._offsets(first, last)
+        vectors = max(1, CHUNK_BYTES // max(1, states.row_bytes))
+        start = first
+        for row in range(first, last):
+            if offsets[row + 1 - first] - offsets[start - first] >= vectors or row + 1 == last:
+                yield start, row + 1
+                start = row + 1
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """Bytes `[start, end)` of the artifact; of each row of `row_bytes` only the `chosen` of its equal `parts`."""
+
+    start: int
+    end: int
+    row_bytes: int = 0
+    parts: int = 1
+    chosen: tuple[int, ...] = ()
+
+    def __len__(self) -> int:
+        """Bytes that come out."""
+        if not self.chosen:
+            return self.end - self.start
+        return (self.end - self.start) // self.parts * len(self.chosen)
+
+
+class Pieces:
+    """A representation of known length; any range of it can be streamed."""
+
+    def __init__(self, store: ArtifactStore, key: str, pieces: list[bytes | Cut]) -> None:
+        self._store = store
+        self._key = key
+        self._pieces = pieces
+
+    def __len__(self) -> int:
+        """Bytes of the whole."""
+        return sum(map(len, self._pieces))
+
+    @property
+    def contiguous(self) -> bool:
+        """Whether ranges of it can be given without computing what comes before."""
+        return not any(isinstance(piece, Cut) and piece.chosen for piece in self._pieces)
+
+    async def stream(self, start: int, end: int) -> AsyncIterator[bytes | memoryview]:
+        """Bytes `[start, end)`, in pieces of some megabytes."""
+        for piece in self._pieces:
+            low, high = max(start, 0), min(end, len(piece))
+            if low < high:
+                if isinstance(piece, bytes):
+                    yield piece[low:high]
+                elif piece.chosen:
+                    async for chunk in self._gather(piece):
+                        yield chunk
+                else:
+                    async for chunk in self._store.stream(self._key, piece.start + low, piece.start + high):
+                        yield chunk
+            start -= len(piece)
+            end -= len(piece)
+
+    async def _gather(self, cut: Cut) -> AsyncIterator[memoryview]:
+        step = max(1, CHUNK_BYTES // cut.row_bytes) * cut.row_bytes
+        for start in range(cut.start, cut.end, step):
+            data = await self._store.read(self._key, start, min(start + step, cut.end))
+            rows = np.frombuffer(data, np.uint8).reshape(-1, cut.parts, cut.row_bytes // cut.parts)
+            yield memoryview(np.ascontiguousarray(rows[:, list(cut.chosen)]).reshape(-1).data)
+
+
+def _invalid(where: str, detail: str) -> InvalidRequest:
+    return InvalidRequest("A parameter of the request is not valid.", errors=[FieldError(pointer=where, detail=detail)])

@@ -1,0 +1,91 @@
+"""In front of every request: who asks, and whether a browser was tricked into asking.
+
+Without keys the service trusts whoever reaches loopback. A web page can make a browser reach loopback too, so there the
+`Host` must name loopback (against DNS rebinding) and an `Origin`, when there is one, must be the service itself.
+"""
+
+from __future__ import annotations
+
+from urllib.parse import urlsplit
+
+from starlette.datastructures import Headers
+from starlette.requests import Request
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from bathyscope.errors import Forbidden, ProblemError, Unauthorized
+from bathyscope_backplane.keys import LOCAL, ApiKey
+from bathyscope_service.context import Context
+from bathyscope_service.problems import problem_response
+
+_LOOPBACK = {"localhost", "127.0.0.1", "::1"}
+_OPEN = {"/healthz", "/readyz", "/docs", "/docs/oauth2-redirect", "/openapi.json", "/"}
+_OPEN_FOLDERS = ("/static-offline-docs/", "/problems/")
+
+
+class Guard:
+    """ASGI middleware that sets `request.state.caller` or answers with a problem."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Let a request through, or answer it."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        context: Context = scope["app"].state.context
+        try:
+            scope.setdefault("state", {})["caller"] = await self._caller(context, scope)
+        except ProblemError as error:
+            await problem_response(error, scope["path"])(scope, receive, send)
+            return
+        await self._app(scope, receive, send)
+
+    async def _caller(self, context: Context, scope: Scope) -> ApiKey | None:
+        headers = Headers(scope=scope)
+        if context.loopback:
+            _check_host(headers)
+        path = scope["path"]
+        if path in _OPEN or path.startswith(_OPEN_FOLDERS):
+            return None
+        scheme, _, secret = headers.get("authorization", "").partition(" ")
+        given = secret.strip() if scheme.lower() == "bearer" else None
+        configured, caller = await context.plane.keys.look_up(given)
+        if caller is None:
+            if configured or not context.loopback:
+                raise Unauthorized(
+                    "This key is not valid." if given else "Send an API key: `Authorization: Bearer <key>`."
+                )
+            _check_origin(headers)
+            caller = LOCAL
+        if path == "/metrics" and not {"admin", "metrics"} & set(caller.scopes):
+            raise Forbidden("Metrics need a key with the scope `metrics` or `admin`.")
+        if path.startswith("/v1/") and not {"admin", "user"} & set(caller.scopes):
+            raise Forbidden("This key may only read metrics.")
+        return caller
+
+
+def _check_host(headers: Headers) -> None:
+    host = urlsplit(f"//{headers.get('host', '')}")
+    try:
+        name = host.hostname
+    except ValueError:
+        name = None
+    if name not in _LOOPBACK:
+        raise Forbidden("This service listens on loopback only and does not answer for another host name.")
+
+
+def _check_origin(headers: Headers) -> None:
+    origin = headers.get("origin")
+    if origin is not None and urlsplit(origin).netloc != headers.get("host"):
+        raise Forbidden("A page of another site may not use a service that runs without keys.")
+    if headers.get("sec-fetch-site") in ("cross-site", "same-site"):
+        raise Forbidden("A page of another site may not use a service that runs without keys.")
+
+
+def require_admin(request: Request) -> ApiKey:
+    """A dependency: the caller, who must have the scope `admin`."""
+    caller: ApiKey = request.state.caller
+    if not caller.admin:
+        raise Forbidden("This needs a key with the scope `admin`.")
+    return caller

@@ -1,0 +1,1 @@
+"""Jobs: submitting, reading, waiting for, listening to and cancelling them."""

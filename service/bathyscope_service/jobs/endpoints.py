@@ -1,0 +1,138 @@
+"""`/v1/jobs`."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import AsyncIterator
+from typing import Annotated
+
+import orjson
+from fastapi import APIRouter, Depends, Query, Request
+from fastapi.responses import StreamingResponse
+from starlette.responses import Response
+
+from bathyscope import errors
+from bathyscope.types import Job, JobKind, JobStatus, Page
+from bathyscope_backplane.keys import ApiKey
+from bathyscope_service.context import Caller, Context, Ctx
+from bathyscope_service.guards import require_admin
+from bathyscope_service.jobs.submission import job_answer, wait_for, wanted_wait
+from bathyscope_service.jobs.views import job_of, job_view, json_response
+from bathyscope_service.problems import responses
+
+router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
+
+_KEEP_ALIVE_SECONDS = 15.0
+_EVENT_ID = re.compile(r"^\d{1,20}-\d{1,20}$")
+
+
+@router.get("", summary="List jobs", response_model=Page[Job], responses=responses(errors.InvalidRequest))
+async def list_jobs(
+    context: Ctx,
+    caller: Caller,
+    kind: JobKind | None = None,
+    status: JobStatus | None = None,
+    limit: Annotated[int, Query(ge=1, le=200)] = 50,
+    cursor: Annotated[str | None, Query(max_length=200)] = None,
+) -> Response:
+    """One's own jobs, newest first; an admin key sees all."""
+    page = await context.plane.broker.list(
+        None if caller.admin else caller.id, kind=kind, status=status, limit=limit, cursor=cursor
+    )
+    data = [await job_view(context, record) for record in page.jobs]
+    return json_response({"data": data, "next_cursor": page.next_cursor})
+
+
+@router.get(
+    "/{job_id}",
+    summary="Read a job, or wait for it",
+    response_model=Job,
+    responses=responses(errors.NotFound, errors.Expired, errors.InvalidRequest),
+)
+async def get_job(job_id: str, request: Request, context: Ctx, caller: Caller) -> Response:
+    """The job as it is; with `Prefer: wait=N` (at most 60) the answer is held until it ends."""
+    record = await wait_for(context, caller, job_id, wanted_wait(request))
+    return await job_answer(context, request, record, {}, unfinished=200)
+
+
+@router.post(
+    "/{job_id}/cancel",
+    summary="Cancel a job",
+    response_model=Job,
+    responses=responses(errors.NotFound, errors.Expired, errors.StateConflict, errors.InvalidRequest),
+)
+async def cancel_job(job_id: str, context: Ctx, caller: Caller) -> Response:
+    """A queued job ends at once, a running one at its next batch. A finished one is a conflict."""
+    await job_of(context, caller, job_id)
+    outcome = await context.plane.broker.cancel(job_id)
+    record = await job_of(context, caller, job_id)
+    if outcome == "finished":
+        raise errors.StateConflict(f"The job has already ended: it is {record.status}.")
+    return json_response(await job_view(context, record))
+
+
+@router.post(
+    "/{job_id}/replay",
+    summary="Try a failed job again",
+    response_model=Job,
+    responses=responses(errors.NotFound, errors.Expired, errors.StateConflict, errors.InvalidRequest),
+)
+async def replay_job(job_id: str, context: Ctx, caller: Annotated[ApiKey, Depends(require_admin)]) -> Response:
+    """A job that failed after its last attempt goes back to its queue, with all its attempts (admin)."""
+    await job_of(context, caller, job_id)
+    if not await context.plane.broker.replay(job_id):
+        raise errors.StateConflict("Only a failed job that ran out of attempts can be replayed.")
+    return json_response(await job_view(context, await job_of(context, caller, job_id)))
+
+
+@router.get(
+    "/{job_id}/events",
+    summary="Listen to a job",
+    response_class=StreamingResponse,
+    responses={
+        200: {"description": "Server-sent events `progress` and `done`.", "content": {"text/event-stream": {}}},
+        **responses(errors.NotFound, errors.Expired, errors.QuotaExceeded, errors.InvalidRequest),
+    },
+)
+async def job_events(job_id: str, request: Request, context: Ctx, caller: Caller) -> Response:
+    """Server-sent events: `progress` as the job goes on, `done` when it has ended; `Last-Event-ID` resumes."""
+    await job_of(context, caller, job_id)
+    streams = context.streams
+    if streams.taken.total() >= streams.total or streams.taken[caller.id] >= streams.per_key:
+        raise errors.QuotaExceeded("Too many event streams are open; close one or poll the job.", retry_after=5)
+    last = request.headers.get("last-event-id", "")
+    after = last if _EVENT_ID.match(last) else "0"
+    return StreamingResponse(
+        _events(context, caller, job_id, after),
+        media_type="text/event-stream",
+        headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"},
+    )
+
+
+async def _events(context: Context, caller: ApiKey, job_id: str, after: str) -> AsyncIterator[bytes]:
+    """Each wake-up sends the job as it is now, under the id of its newest event."""
+    quiet_since = asyncio.get_running_loop().time()
+    with context.streams.take(caller.id) as place:
+        if not place:
+            return
+        async with context.listener.job(job_id) as waiter:
+            while not context.draining:
+                found = await context.plane.broker.events(job_id, after)
+                try:
+                    record = await job_of(context, caller, job_id)
+                except errors.ProblemError:  # it expired meanwhile
+                    return
+                now = asyncio.get_running_loop().time()
+                if found or record.ended:
+                    after = found[-1].id if found else after
+                    name = "done" if record.ended else "progress"
+                    data = orjson.dumps(await job_view(context, record))
+                    yield b"id: %b\nevent: %b\ndata: %b\n\n" % (after.encode(), name.encode(), data)
+                    quiet_since = now
+                    if record.ended:
+                        return
+                elif now - quiet_since >= _KEEP_ALIVE_SECONDS:
+                    yield b": still here\n\n"
+                    quiet_since = now
+                await waiter.wait(5.0)

@@ -1,0 +1,146 @@
+"""From a valid request to a job: idempotency, payload, `Prefer: wait`, the answer."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+import orjson
+from fastapi import Request
+from starlette.responses import Response
+
+from bathyscope.errors import InvalidRequest, NotBuilt
+from bathyscope.types import Priority, WorkRequest
+from bathyscope_backplane.broker import Idempotency, JobRecord, NewJob
+from bathyscope_backplane.ids import new_id
+from bathyscope_backplane.keys import ApiKey
+from bathyscope_service.context import Context
+from bathyscope_service.jobs.views import job_of, job_view, json_response, timing_headers
+
+MAX_WAIT_SECONDS = 60
+_WAIT = re.compile(r"(?:^|[,;\s])wait\s*=\s*\"?(\d{1,9})\"?(?:$|[,;\s])", re.IGNORECASE)
+
+
+@dataclass(slots=True, kw_only=True)
+class Work:
+    """A job about to be queued."""
+
+    kind: str
+    lane: str
+    spec: dict[str, Any]
+    """What the worker needs, apart from the rows."""
+
+    rows: list[Any] | None = None
+    """One JSON value a row (inputs, labels); in the artifact store when large."""
+
+    request: dict[str, Any] = field(default_factory=dict)
+    """The summary that clients see."""
+
+    resource_id: str | None = None
+    priority: Priority = "normal"
+    parents: tuple[str, ...] = ()
+    part: str = ""
+    """Tells jobs of one request apart for the idempotency key."""
+
+
+async def submit(context: Context, request: Request, caller: ApiKey, work: Work) -> tuple[str, bool]:
+    """Queue a job; its id, and whether an earlier request with the same Idempotency-Key made it."""
+    plane = context.plane
+    job_id = new_id("job")
+    idempotency = _idempotency(request, caller, work.part)
+    payload: dict[str, Any] = {"spec": work.spec}
+    rows_key: str | None = None
+    if work.rows is not None:
+        lines = b"\n".join(orjson.dumps(row) for row in work.rows)
+        if len(lines) > plane.settings.limits.inline_payload_bytes:
+            rows_key = f"inputs/{job_id}.jsonl"
+            await plane.store.put(rows_key, lines)
+            payload["rows_key"] = rows_key
+        else:
+            payload["rows"] = work.rows
+    replayed = True
+    try:
+        submitted = await plane.broker.submit(
+            NewJob(
+                id=job_id,
+                kind=work.kind,
+                lane=work.lane,
+                owner=caller.id,
+                payload=orjson.dumps(payload).decode(),
+                request=orjson.dumps(work.request).decode(),
+                resource_id=work.resource_id,
+                priority=work.priority,
+                max_attempts=plane.settings.jobs.max_attempts,
+                parents=work.parents,
+                idempotency=idempotency,
+            )
+        )
+        replayed = submitted.replayed
+    finally:
+        if replayed and rows_key is not None:  # refused or a replay: nothing is left behind
+            await asyncio.shield(plane.store.delete(rows_key))
+    return submitted.id, submitted.replayed
+
+
+async def answer(context: Context, request: Request, caller: ApiKey, job_id: str, replayed: bool) -> Response:
+    """The answer to a POST that made a job: `200` when it ended while the request waited, else `202`."""
+    record = await wait_for(context, caller, job_id, wanted_wait(request))
+    headers = {"Location": f"/v1/jobs/{job_id}"}
+    if replayed:
+        headers["Idempotent-Replayed"] = "true"
+    return await job_answer(context, request, record, headers, unfinished=202)
+
+
+async def job_answer(
+    context: Context, request: Request, record: JobRecord, headers: dict[str, str], *, unfinished: int
+) -> Response:
+    """A Job as an answer."""
+    if wanted_wait(request):
+        headers["Preference-Applied"] = "wait"
+    if not record.ended:
+        headers["Retry-After"] = "1"
+    else:
+        headers |= timing_headers(record.timings)
+    return json_response(await job_view(context, record), 200 if record.ended else unfinished, headers)
+
+
+async def wait_for(context: Context, caller: ApiKey, job_id: str, seconds: int) -> JobRecord:
+    """The job when it has ended, or as it is after so many seconds or when no place to wait is free."""
+    if not seconds:
+        return await job_of(context, caller, job_id)
+    with context.waiting.take(caller.id) as place:
+        if not place:
+            return await job_of(context, caller, job_id)
+        deadline = asyncio.get_running_loop().time() + seconds
+        async with context.listener.job(job_id) as waiter:
+            while True:
+                record = await job_of(context, caller, job_id)
+                left = deadline - asyncio.get_running_loop().time()
+                if record.ended or left <= 0 or context.draining:
+                    return record
+                await waiter.wait(min(left, 5.0))
+
+
+def wanted_wait(request: Request) -> int:
+    """Seconds of `Prefer: wait=N` (RFC 7240), at most 60; 0 without it."""
+    found = _WAIT.search(", ".join(request.headers.getlist("prefer")))
+    return min(int(found[1]), MAX_WAIT_SECONDS) if found else 0
+
+
+def refuse_webhook(body: WorkRequest) -> None:
+    """Webhooks are not offered by this version."""
+    if body.webhook is not None:
+        raise NotBuilt("Webhooks are not offered by this version; poll the job or listen to its events.")
+
+
+def _idempotency(request: Request, caller: ApiKey, part: str) -> Idempotency | None:
+    given = request.headers.get("idempotency-key")
+    if given is None:
+        return None
+    if not 1 <= len(given) <= 255:
+        raise InvalidRequest("An Idempotency-Key has 1 to 255 characters.")
+    scope = "\0".join((caller.id, request.url.path, given, part))
+    return Idempotency(key=hashlib.sha256(scope.encode()).hexdigest(), body=request.state.body_digest)

@@ -1,0 +1,86 @@
+"""A job as its owner sees it."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Any
+
+import orjson
+from starlette.responses import Response
+
+from bathyscope.errors import Expired, NotFound
+from bathyscope_backplane.broker import JobRecord
+from bathyscope_backplane.ids import is_id
+from bathyscope_backplane.keys import ApiKey
+from bathyscope_service.context import Context
+
+
+async def job_of(context: Context, caller: ApiKey, job_id: str) -> JobRecord:
+    """A job that the caller may see. Raises `NotFound`, also for another's, and `Expired`."""
+    missing = NotFound(f"There is no job {job_id[:80]!r}.")
+    if not is_id(job_id, "job"):
+        raise missing
+    record = await context.plane.broker.get(job_id)
+    if record is None:
+        owner = await context.plane.broker.tombstone(job_id)
+        if owner is not None and (caller.admin or owner == caller.id):
+            raise Expired(f"The job {job_id} has expired; make it anew.")
+        raise missing
+    if not caller.admin and record.owner != caller.id:
+        raise missing
+    return record
+
+
+async def job_view(context: Context, record: JobRecord) -> dict[str, Any]:
+    """The wire form of a job."""
+    position = await context.plane.broker.position(record.id) if record.status == "queued" else None
+    progress = record.progress
+    error = {**record.error, "instance": f"/v1/jobs/{record.id}"} if record.error and record.ended else None
+    return {
+        "id": record.id,
+        "kind": record.kind,
+        "status": record.status,
+        "progress": {
+            "stage": progress.stage if progress else None,
+            "done": progress.done if progress else 0,
+            "total": progress.total if progress else None,
+            "unit": progress.unit if progress else None,
+        },
+        "queue_position": position,
+        "priority": record.priority,
+        "attempt": record.attempt,
+        "max_attempts": record.max_attempts,
+        "created_at": rfc3339(record.created_at),
+        "started_at": rfc3339(record.started_at),
+        "finished_at": rfc3339(record.finished_at),
+        "expires_at": rfc3339(record.expires_at),
+        "resource": record.resource,
+        "error": error,
+        "timings": record.timings,
+        "request": record.request,
+        "webhook": None,
+    }
+
+
+def rfc3339(milliseconds: int | None) -> str | None:
+    """A time as the contract writes it, null when there is none."""
+    if milliseconds is None:
+        return None
+    return datetime.fromtimestamp(milliseconds / 1000, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def timing_headers(timings: dict[str, float], tokens: int | None = None) -> dict[str, str]:
+    """The `X-…-Time` headers (seconds) and `X-Tokens` of a result."""
+    headers = {
+        f"X-{name.title()}-Time": f"{timings[name]:.6f}"
+        for name in ("queue", "load", "inference", "total")
+        if name in timings
+    }
+    if tokens is not None:
+        headers["X-Tokens"] = str(tokens)
+    return headers
+
+
+def json_response(content: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    """A JSON answer."""
+    return Response(orjson.dumps(content), status, headers, "application/json")

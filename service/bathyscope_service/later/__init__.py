@@ -1,0 +1,1 @@
+"""Routes of the contract that this version answers with 501."""

@@ -1,0 +1,1 @@
+"""Base models on offer, and where they are resident."""

@@ -1,0 +1,183 @@
+"""`/v1/probes` and `/v1/predictions`."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends, Query, Request
+from fastapi.responses import StreamingResponse
+from starlette.responses import Response
+
+from bathyscope import errors
+from bathyscope.types import Job, Page, Prediction, PredictRequest, Probe, ProbeRequest
+from bathyscope_service.bodies import describes, json_body
+from bathyscope_service.context import Caller, Ctx
+from bathyscope_service.jobs.submission import answer, submit
+from bathyscope_service.probes.work import prediction_work, probe_work
+from bathyscope_service.problems import responses
+from bathyscope_service.resources import resource_list, resource_of, resource_response, result_headers
+
+router = APIRouter(tags=["probes"])
+
+_SUBMIT_PROBLEMS = (
+    errors.MalformedBody,
+    errors.NotFound,
+    errors.ModelUnknown,
+    errors.RequestTimeout,
+    errors.StateConflict,
+    errors.IdentityMismatch,
+    errors.Expired,
+    errors.TooLarge,
+    errors.UnsupportedMedia,
+    errors.InvalidRequest,
+    errors.InvalidInput,
+    errors.IdempotencyMismatch,
+    errors.LaneFull,
+    errors.QuotaExceeded,
+    errors.NotBuilt,
+)
+_SUBMIT_RESPONSES: dict[int | str, dict[str, Any]] = {
+    200: {"model": Job, "description": "The finished job, with `Prefer: wait=N`."},
+    **responses(*_SUBMIT_PROBLEMS),
+}
+_READ_RESPONSES = responses(errors.NotFound, errors.Expired, errors.InvalidRequest)
+
+_EXAMPLE = {
+    "extraction": "ext_01jd3v9yhhk5t2m0r8q4x7w6nz",
+    "labels": [1, 0, 1, 0],
+    "groups": ["a", "a", "b", "b"],
+    "folds": 2,
+}
+
+
+@router.post(
+    "/v1/probes",
+    summary="Train a probe",
+    status_code=202,
+    response_model=Job,
+    openapi_extra=describes(ProbeRequest, _EXAMPLE),
+    responses=_SUBMIT_RESPONSES,
+)
+async def create_probe(
+    request: Request,
+    context: Ctx,
+    caller: Caller,
+    body: Annotated[ProbeRequest, Depends(json_body(ProbeRequest))],
+) -> Response:
+    """Sweep over the layers of an extraction, report what each is worth, and keep the probe of the best layer."""
+    work, parent = await probe_work(context, request, caller, body)
+    try:
+        job_id, replayed = await submit(context, request, caller, work)
+    except errors.ProblemError:
+        if parent is not None:  # the extraction was made for this probe alone
+            await context.plane.broker.cancel(parent)
+        raise
+    return await answer(context, request, caller, job_id, replayed)
+
+
+@router.get("/v1/probes", summary="List probes", response_model=Page[Probe], responses=responses(errors.InvalidRequest))
+async def list_probes(
+    context: Ctx,
+    caller: Caller,
+    limit: Annotated[int, Query(ge=1, le=200)] = 50,
+    cursor: Annotated[str | None, Query(max_length=200)] = None,
+) -> Response:
+    """One's own probes, newest first; an admin key sees all."""
+    return await resource_list(context, caller, "probe", limit, cursor)
+
+
+@router.get("/v1/probes/{probe_id}", summary="Read a probe", response_model=Probe, responses=_READ_RESPONSES)
+async def get_probe(probe_id: str, context: Ctx, caller: Caller) -> Response:
+    """The probe's identity, its layer and the report of the sweep."""
+    return resource_response(await resource_of(context, caller, "probe", probe_id))
+
+
+@router.delete("/v1/probes/{probe_id}", summary="Delete a probe", status_code=204, responses=_READ_RESPONSES)
+async def delete_probe(probe_id: str, context: Ctx, caller: Caller) -> Response:
+    """Remove the probe and its weights."""
+    await context.plane.catalogue.delete(await resource_of(context, caller, "probe", probe_id))
+    return Response(status_code=204)
+
+
+@router.get(
+    "/v1/probes/{probe_id}/weights",
+    summary="Read a probe's weights",
+    response_class=StreamingResponse,
+    responses={
+        200: {
+            "description": "A safetensors file.",
+            "content": {"application/vnd.safetensors": {"schema": {"type": "string", "format": "binary"}}},
+        },
+        **_READ_RESPONSES,
+    },
+)
+async def get_weights(probe_id: str, context: Ctx, caller: Caller) -> Response:
+    """The probe as safetensors: weights, intercept, scaling, and its identity in the metadata."""
+    resource = await resource_of(context, caller, "probe", probe_id)
+    blob = resource.blobs["weights"]
+    headers = {
+        **result_headers(resource),
+        "ETag": f'"{blob.sha256[:40]}"',
+        "Content-Length": str(blob.bytes),
+        "Content-Disposition": f'attachment; filename="{probe_id}.safetensors"',
+    }
+    stream = context.plane.store.stream(blob.key, 0, blob.bytes)
+    return StreamingResponse(stream, headers=headers, media_type="application/vnd.safetensors")
+
+
+@router.post(
+    "/v1/probes/{probe_id}/predict",
+    summary="Ask a probe",
+    status_code=202,
+    response_model=Job,
+    openapi_extra=describes(PredictRequest, {"inputs": ["The capital of France is Paris."]}),
+    responses=_SUBMIT_RESPONSES,
+)
+async def predict(
+    probe_id: str,
+    request: Request,
+    context: Ctx,
+    caller: Caller,
+    body: Annotated[PredictRequest, Depends(json_body(PredictRequest))],
+) -> Response:
+    """Probabilities for new inputs, extracted under the probe's own identity, or for an existing extraction."""
+    probe = await resource_of(context, caller, "probe", probe_id)
+    work = await prediction_work(context, caller, probe, body)
+    job_id, replayed = await submit(context, request, caller, work)
+    return await answer(context, request, caller, job_id, replayed)
+
+
+@router.get(
+    "/v1/predictions",
+    summary="List predictions",
+    response_model=Page[Prediction],
+    responses=responses(errors.InvalidRequest),
+)
+async def list_predictions(
+    context: Ctx,
+    caller: Caller,
+    limit: Annotated[int, Query(ge=1, le=200)] = 50,
+    cursor: Annotated[str | None, Query(max_length=200)] = None,
+) -> Response:
+    """One's own predictions, newest first; an admin key sees all."""
+    return await resource_list(context, caller, "prediction", limit, cursor)
+
+
+@router.get(
+    "/v1/predictions/{prediction_id}",
+    summary="Read a prediction",
+    response_model=Prediction,
+    responses=_READ_RESPONSES,
+)
+async def get_prediction(prediction_id: str, context: Ctx, caller: Caller) -> Response:
+    """Probabilities, one row an input and one column a class."""
+    return resource_response(await resource_of(context, caller, "prediction", prediction_id))
+
+
+@router.delete(
+    "/v1/predictions/{prediction_id}", summary="Delete a prediction", status_code=204, responses=_READ_RESPONSES
+)
+async def delete_prediction(prediction_id: str, context: Ctx, caller: Caller) -> Response:
+    """Remove the prediction."""
+    await context.plane.catalogue.delete(await resource_of(context, caller, "prediction", prediction_id))
+    return Response(status_code=204)

@@ -1,0 +1,49 @@
+"""Reading what jobs made: whose it is, whether it is still there, lists and headers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from starlette.responses import Response
+
+from bathyscope.errors import Expired, NotFound
+from bathyscope_backplane.artifacts import Resource
+from bathyscope_backplane.ids import KIND_PREFIX, is_id
+from bathyscope_backplane.keys import ApiKey
+from bathyscope_service.context import Context
+from bathyscope_service.jobs.views import json_response, timing_headers
+
+
+async def resource_of(context: Context, caller: ApiKey, kind: str, resource_id: str) -> Resource:
+    """A resource that the caller may see. Raises `NotFound`, also for another's, and `Expired`."""
+    missing = NotFound(f"There is no {kind} {resource_id[:80]!r}.")
+    if not is_id(resource_id, KIND_PREFIX[kind]):
+        raise missing
+    resource = await context.plane.catalogue.get(resource_id)
+    if resource is None:
+        owner = await context.plane.catalogue.tombstone(resource_id)
+        if owner is not None and (caller.admin or owner == caller.id):
+            raise Expired(f"The {kind} {resource_id} has expired; make it anew.")
+        raise missing
+    if not caller.admin and resource.owner != caller.id:
+        raise missing
+    return resource
+
+
+async def resource_list(context: Context, caller: ApiKey, kind: str, limit: int, cursor: str | None) -> Response:
+    """One page of one's own resources of a kind, newest first."""
+    found, next_cursor = await context.plane.catalogue.list(
+        kind, None if caller.admin else caller.id, limit=limit, cursor=cursor
+    )
+    return json_response({"data": [resource.body for resource in found], "next_cursor": next_cursor})
+
+
+def resource_response(resource: Resource) -> Response:
+    """A resource as an answer, with its timings."""
+    return json_response(resource.body, headers=result_headers(resource))
+
+
+def result_headers(resource: Resource) -> dict[str, str]:
+    """Timings and tokens of the job that made a resource."""
+    tokens: Any = resource.body.get("tokens")
+    return timing_headers(resource.private.get("timings", {}), tokens.get("total") if tokens else None)

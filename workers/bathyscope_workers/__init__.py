@@ -1,0 +1,1 @@
+"""Workers: a supervisor that owns Redis and engine processes that own torch."""

@@ -1,0 +1,142 @@
+"""Which models are resident: loaded when asked for, evicted by least recent use under a bound of memory."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from typing import Literal
+
+from bathyscope import errors
+from bathyscope_workers.models.device import Device
+from bathyscope_workers.models.load import estimate_bytes, load_resident
+from bathyscope_workers.models.resident import Resident
+from bathyscope_workers.models.source import LoadFault, Source, locate
+from bathyscope_workers.models.spec import ModelSpec
+
+UnloadReason = Literal["asked", "evicted", "missing"]
+
+
+@dataclass(slots=True)
+class ResidencyEvents:
+    """What a residency tells its owner while it works."""
+
+    loading: Callable[[str, str], None] = lambda key, asked: None
+    """A load begins: resolved key, key as asked."""
+    unloaded: Callable[[str, UnloadReason], None] = lambda key, reason: None
+    tick: Callable[[], None] = lambda: None
+    """A phase of a load is over."""
+
+
+class Residency:
+    """The loaded models of one process, least recently used first."""
+
+    def __init__(self, device: Device, events: ResidencyEvents | None = None) -> None:
+        self.device = device
+        self.events = events or ResidencyEvents()
+        self._residents: OrderedDict[str, Resident] = OrderedDict()
+        self._specs: dict[str, ModelSpec] = {}
+        """By key as asked for and by resolved key: enough to load an evicted model again."""
+
+    @property
+    def keys(self) -> list[str]:
+        """Keys of the resident models, least recently used first."""
+        return list(self._residents)
+
+    @property
+    def used_bytes(self) -> int:
+        """Measured bytes of all residents."""
+        return sum(resident.facts.memory_bytes for resident in self._residents.values())
+
+    def remember(self, spec: ModelSpec) -> ModelSpec:
+        """Note a spec, so that its key is enough from now on; returns it with its dtype resolved."""
+        resolved = spec.resolved(self.device.type)
+        self._specs[spec.key] = self._specs[resolved.key] = resolved
+        return resolved
+
+    def spec(self, key: str) -> ModelSpec:
+        """The spec behind a key, as asked for or resolved. Raises errors.ModelUnknown."""
+        try:
+            return self._specs[key]
+        except KeyError:
+            raise errors.ModelUnknown(f"no model was described to this engine under the key {key}") from None
+
+    def peek(self, key: str) -> Resident | None:
+        """The resident of a key, without counting as a use."""
+        spec = self._specs.get(key)
+        return self._residents.get(spec.key) if spec else None
+
+    def get(self, spec: ModelSpec, *, asked: str | None = None, busy: Collection[str] = ()) -> Resident | None:
+        """The resident for a spec, loaded if need be; the most recently used from now on.
+
+        Models are evicted by least recent use until it fits, but never those whose keys are in `busy`: None
+        says that it will fit once those are done. Raises LoadFault.
+        """
+        asked = asked or spec.key
+        spec = self.remember(spec)
+        found = self._residents.get(spec.key)
+        if found is not None and found.spec == spec:
+            self._residents.move_to_end(spec.key)
+            return found
+        if found is not None:  # the registry describes that name differently now
+            if spec.key in busy:
+                return None
+            self.unload(spec.key, reason="evicted")
+        self.events.loading(spec.key, asked)
+        source = locate(spec)
+        self.events.tick()
+        if not self._make_room(estimate_bytes(source.folder, spec), spec, busy):
+            return None
+        resident = self._load(spec, source, busy)
+        self._residents[spec.key] = resident
+        if not self._make_room(0, spec, {*busy, spec.key}) and len(self._residents) == 1:
+            self.unload(spec.key, reason="evicted")
+            raise self._too_large(spec, resident.facts.memory_bytes)
+        return resident
+
+    def unload(self, key: str, *, reason: UnloadReason = "asked") -> bool:
+        """Give a resident's memory back; False when it was not resident."""
+        spec = self._specs.get(key)
+        resident = self._residents.pop(spec.key, None) if spec else None
+        if resident is None:
+            return False
+        found = resident.key
+        del resident
+        self.device.give_back()
+        self.events.unloaded(found, reason)
+        return True
+
+    def _load(self, spec: ModelSpec, source: Source, busy: Collection[str]) -> Resident:
+        room = min(self.device.limit_bytes - self.used_bytes, int(self.device.free_bytes() * 0.8))
+        while True:
+            try:
+                return load_resident(spec, self.device, source=source, tick=self.events.tick, room_bytes=room)
+            except LoadFault as fault:
+                # The estimate was too low: evict what can be and try again.
+                idle = next((key for key in self._residents if key not in busy), None)
+                if not isinstance(fault.problem, errors.OutOfMemory) or idle is None:
+                    raise
+                self.unload(idle, reason="evicted")
+
+    def _make_room(self, needed: int, spec: ModelSpec, busy: Collection[str]) -> bool:
+        if needed > self.device.limit_bytes:
+            raise self._too_large(spec, needed)
+        while self.used_bytes + needed > self.device.limit_bytes:
+            idle = next((key for key in self._residents if key not in busy), None)
+            if idle is None:
+                return False
+            self.unload(idle, reason="evicted")
+        return True
+
+    def _too_large(self, spec: ModelSpec, needed: int) -> LoadFault:
+        limit = self.device.limit_bytes
+        return LoadFault(
+            errors.OutOfMemory(
+                f"{spec.name} needs about {needed / 2**30:.2f} GiB and models may take {limit / 2**30:.2f} GiB here; "
+                "ask for it in 8bit or 4bit, or raise the worker's bound of memory",
+                model=spec.name,
+                needed_bytes=needed,
+                limit_bytes=limit,
+            ),
+            retry=False,
+        )

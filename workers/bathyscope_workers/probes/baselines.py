@@ -1,0 +1,87 @@
+"""What a probe is compared with: predictions that need no hidden states, and labels that mean nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from bathyscope.errors import FieldError, InvalidRequest, NotBuilt
+from bathyscope_workers.probes.estimators import Estimator, LogisticEstimator
+from bathyscope_workers.probes.estimators._base import Codes, Floats
+from bathyscope_workers.probes.metrics import Figure, score
+from bathyscope_workers.probes.splits import Folds
+
+OFFERED = ("length", "shuffled_labels")
+LATER = ("bag_of_words", "model_confidence")
+
+PERMUTATIONS = 10
+"""Shuffles of the labels."""
+
+
+def check_baselines(names: Sequence[str]) -> tuple[str, ...]:
+    """The names, each once. Raises `NotBuilt` or `InvalidRequest` pointing at `/baselines/<index>`."""
+    for index, name in enumerate(names):
+        pointer = f"/baselines/{index}"
+        if name in LATER:
+            detail = f"The baseline {name!r} is not offered by this version; use {' or '.join(OFFERED)}."
+            raise NotBuilt(detail, errors=[FieldError(pointer=pointer, detail=f"use {' or '.join(OFFERED)}")])
+        if name not in OFFERED:
+            raise InvalidRequest(
+                f"There is no baseline {name!r}.",
+                errors=[FieldError(pointer=pointer, detail=f"use {' or '.join(OFFERED)}")],
+            )
+    return tuple(dict.fromkeys(names))
+
+
+def cross_validate(estimator: Estimator, X: Floats, y: Codes, classes: int, folds: Folds) -> Floats:
+    """Probabilities of the held-out rows (held-out rows, classes), by an estimator with one penalty."""
+    predicted = np.empty((len(y), classes))
+    for train, test in folds:
+        predicted[test] = estimator.fit_path(X[train], y[train], classes)[0].predict_proba(X[test])
+    return predicted[folds.held_out]
+
+
+def length_predictions(lengths: Sequence[int], y: Codes, classes: int, folds: Folds) -> Floats:
+    """Held-out probabilities by a logistic regression on an input's number of tokens and its logarithm."""
+    tokens = np.asarray(lengths, dtype=np.float64)
+    features = np.stack([tokens, np.log1p(tokens)], axis=1)
+    return cross_validate(LogisticEstimator(C=(1.0,)), features, y, classes, folds)
+
+
+def shuffled_label_scores(
+    estimator: Estimator,
+    X: Floats,
+    y: Codes,
+    classes: int,
+    folds: Folds,
+    *,
+    seed: int,
+    target_fpr: float,
+    tick: Callable[[], None],
+) -> dict[str, Any]:
+    """The same estimator on the same states with labels shuffled within each fold, `PERMUTATIONS` times.
+
+    Within a fold, so that every training side keeps its number of each class. Values are means over the
+    shuffles, `low` and `high` the 2.5th and 97.5th percentile over them. `tick` is called before each shuffle.
+    """
+    rng = np.random.default_rng([seed, 7])
+    held = folds.held_out
+    drawn: dict[str, list[float]] = {}
+    for _ in range(PERMUTATIONS):
+        tick()
+        shuffled = y.copy()
+        for fold in np.unique(folds.assignment):
+            rows = np.flatnonzero(folds.assignment == fold)
+            shuffled[rows] = y[rng.permutation(rows)]
+        predicted = cross_validate(estimator, X, shuffled, classes, folds)
+        scores = score(shuffled[held], predicted, strata=folds.assignment[held], target_fpr=target_fpr)
+        for name, figure in scores.items():
+            if figure.value is not None:
+                drawn.setdefault(name, []).append(figure.value)
+    summary: dict[str, Any] = {}
+    for name, values in drawn.items():
+        low, high = np.percentile(values, [2.5, 97.5])
+        summary[name] = Figure(float(np.mean(values)), float(low), float(high))
+    return summary

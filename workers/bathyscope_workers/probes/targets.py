@@ -1,0 +1,140 @@
+"""Labels and groups as they come over the wire, turned into whole-number codes.
+
+Classes are ordered (False before True, numbers by value, strings by code point), so that the same labels give
+the same codes whatever order the rows are in. In a binary task the second class is the positive one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bathyscope.errors import FieldError, InvalidRequest, NotBuilt
+
+Task = Literal["binary", "multiclass"]
+ClassLabel = bool | int | str
+
+MAX_CLASSES = 256
+"""More classes than this are taken for a mistake: a regression target, or identifiers."""
+
+_MAX_ERRORS = 16
+"""Faulty rows named in one refusal."""
+
+
+@dataclass(frozen=True)
+class Targets:
+    """Class labels as codes."""
+
+    task: Task
+    """`binary` with two classes, `multiclass` with more."""
+
+    classes: tuple[ClassLabel, ...]
+    """The labels in the order of their codes."""
+
+    codes: NDArray[np.int64]
+    """One a row: the index of the row's label in `classes`."""
+
+    @property
+    def counts(self) -> list[int]:
+        """Rows of each class, in the order of `classes`."""
+        return [int(count) for count in np.bincount(self.codes, minlength=len(self.classes))]
+
+
+def encode_labels(labels: Sequence[Any], rows: int, *, task: str = "auto") -> Targets:
+    """The classes of `labels` and the code of each row.
+
+    Labels are booleans, whole numbers (2.0 counts as 2) or strings, all of one kind. Raises `InvalidRequest`
+    pointing at `/labels` or `/labels/<row>` for a wrong length, a missing value, mixed kinds or one class only;
+    `NotBuilt` for a regression target.
+    """
+    if task == "regression":
+        raise NotBuilt("Regression probes are not offered by this version: give labels that are classes.")
+    if task not in ("auto", "binary", "multiclass"):
+        raise _refused("/task", f"task is one of auto, binary, multiclass, regression; it is {task!r}")
+    values = [_plain(label) for label in labels]
+    if len(values) != rows:
+        raise _refused("/labels", f"give one label a row: there are {len(values)} labels for {rows} rows")
+    faults = [
+        FieldError(pointer=f"/labels/{row}", detail=fault)
+        for row, value in enumerate(values)
+        if (fault := _fault(value)) is not None
+    ]
+    if faults:
+        raise InvalidRequest(
+            f"{len(faults)} of {rows} labels cannot be used: each row needs a boolean, a number or a string.",
+            errors=faults[:_MAX_ERRORS],
+        )
+    kinds = {_kind(value) for value in values}
+    if len(kinds) > 1:
+        raise _refused("/labels", f"labels are of one kind; these mix {' and '.join(sorted(kinds))}")
+    if kinds == {"numbers"}:
+        if any(not float(value).is_integer() for value in values):
+            raise NotBuilt(
+                "Labels that are not whole numbers mean regression, which this version does not offer: give "
+                "booleans, whole numbers or strings.",
+                errors=[FieldError(pointer="/labels", detail="give classes, not measurements")],
+            )
+        values = [int(value) for value in values]
+    classes = tuple(sorted(set(values)))
+    if len(classes) < 2:
+        raise _refused("/labels", f"a probe needs two classes at least; every label is {classes[0]!r}")
+    if len(classes) > MAX_CLASSES:
+        raise _refused("/labels", f"there are {len(classes)} different labels; at most {MAX_CLASSES} classes fit")
+    if task == "binary" and len(classes) > 2:
+        raise _refused("/labels", f"a binary task has two classes; these labels have {len(classes)}")
+    index = {label: code for code, label in enumerate(classes)}
+    codes = np.fromiter((index[value] for value in values), dtype=np.int64, count=rows)
+    return Targets(task="binary" if len(classes) == 2 else "multiclass", classes=classes, codes=codes)
+
+
+def encode_groups(groups: Sequence[Any], rows: int) -> NDArray[np.int64]:
+    """A code for each row's group, numbered by first appearance; 1 and "1" are two groups.
+
+    Raises `InvalidRequest` pointing at `/groups` or `/groups/<row>`.
+    """
+    values = [_plain(group) for group in groups]
+    if len(values) != rows:
+        raise _refused("/groups", f"give one group a row: there are {len(values)} groups for {rows} rows")
+    faults = [
+        FieldError(pointer=f"/groups/{row}", detail="a group is a whole number or a string")
+        for row, value in enumerate(values)
+        if isinstance(value, float) or not isinstance(value, int | str)
+    ]
+    if faults:
+        raise InvalidRequest(f"{len(faults)} of {rows} groups cannot be used.", errors=faults[:_MAX_ERRORS])
+    return first_seen_codes([(type(value).__name__, value) for value in values])
+
+
+def first_seen_codes(values: Sequence[Any]) -> NDArray[np.int64]:
+    """Each value's number in the order of first appearance."""
+    index: dict[Any, int] = {}
+    return np.fromiter((index.setdefault(value, len(index)) for value in values), np.int64, count=len(values))
+
+
+def _refused(pointer: str, detail: str) -> InvalidRequest:
+    return InvalidRequest(detail[0].upper() + detail[1:] + ".", errors=[FieldError(pointer=pointer, detail=detail)])
+
+
+def _plain(value: Any) -> Any:
+    return value.item() if isinstance(value, np.generic) else value
+
+
+def _fault(value: Any) -> str | None:
+    if value is None:
+        return "the label is missing"
+    if not isinstance(value, bool | int | float | str):
+        return "a label is a boolean, a number or a string"
+    if isinstance(value, float) and not math.isfinite(value):
+        return "the label is not a finite number"
+    return None
+
+
+def _kind(value: bool | int | float | str) -> str:
+    if isinstance(value, bool):
+        return "booleans"
+    return "strings" if isinstance(value, str) else "numbers"
