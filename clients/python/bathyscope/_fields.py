@@ -138,11 +138,11 @@ def request(model: type[R], fields: Mapping[str, Any]) -> dict[str, Any]:
     """The JSON body that `fields` make, checked; `InvalidRequest` with pointers as the service gives them."""
     body = {name: plain(value) for name, value in fields.items()}
     try:
-        checked = model.model_validate(body)
+        model.model_validate(body)
     except ValidationError as error:
         faults = _faults(error, body)
         raise InvalidRequest("the request is not valid", errors=faults) from None
-    return checked.model_dump(mode="json", exclude_unset=True)
+    return body
 
 
 def extraction_body(fields: Mapping[str, Any]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from typing import Any
 from urllib.parse import unquote, urlparse
 
 import obstore
-from obstore.exceptions import AlreadyExistsError, BaseError, NotFoundError
+from obstore.exceptions import AlreadyExistsError, BaseError
 from obstore.store import LocalStore, from_url
 
 from bathyscope.errors import SetupError, Unavailable
@@ -92,7 +92,7 @@ class ArtifactStore:
         try:
             answer = await self._run(obstore.get_async(self._store, key))
             return bytes(await self._run(answer.bytes_async()))
-        except NotFoundError:
+        except FileNotFoundError:
             return None
 
     async def read(self, key: str, start: int, end: int) -> memoryview:
@@ -112,7 +112,7 @@ class ArtifactStore:
         """Copy an object into a file."""
         size = await self.size(key)
         if size is None:
-            raise NotFoundError(key)
+            raise FileNotFoundError(key)
         with path.open("wb") as file:
             async for piece in self.stream(key, 0, size):
                 await asyncio.to_thread(file.write, piece)
@@ -126,14 +126,14 @@ class ArtifactStore:
         """Size in bytes, null when there is no such object."""
         try:
             return int((await self._run(obstore.head_async(self._store, key)))["size"])
-        except NotFoundError:
+        except FileNotFoundError:
             return None
 
     async def delete(self, key: str) -> None:
         """Remove an object; none there is no error."""
         try:
             await self._run(obstore.delete_async(self._store, key))
-        except NotFoundError:
+        except FileNotFoundError:
             return
 
     async def keys(self, prefix: str) -> AsyncIterator[str]:
@@ -152,9 +152,9 @@ class ArtifactStore:
     async def _run(self, awaitable: Any) -> Any:
         try:
             return await awaitable
-        except (AlreadyExistsError, NotFoundError):
+        except (AlreadyExistsError, FileNotFoundError):
             raise
-        except BaseError as error:
+        except (BaseError, OSError) as error:
             raise Unavailable(
                 f"The artifact store does not answer: {_brief(error)}. Try again later.", retry_after=5
             ) from error

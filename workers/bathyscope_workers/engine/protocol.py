@@ -143,7 +143,8 @@ class ReadyEvent(TypedDict):
 
 
 class LoadingEvent(TypedDict):
-    """A load begins. No `beat` need come until it ends (but one comes between its phases)."""
+    """A load begins: files are fetched and converted, and again when they are read into memory. A `beat` comes
+    between its phases, each of which may take minutes."""
 
     ev: Literal["loading"]
     key: str

@@ -56,7 +56,9 @@ def _write(path: Path, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
-    model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True, dtype="auto")
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        path.parent, gguf_file=path.name, local_files_only=True, dtype="auto"
+    )
     # The weights are dequantized now; left in place, these two would have the copy read as GGUF again.
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config

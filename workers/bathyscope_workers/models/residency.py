@@ -35,6 +35,8 @@ class Residency:
         self.device = device
         self.events = events or ResidencyEvents()
         self._residents: OrderedDict[str, Resident] = OrderedDict()
+        self._located: dict[ModelSpec, tuple[Source, int]] = {}
+        """Files and estimated bytes of models that wait for room."""
         self._specs: dict[str, ModelSpec] = {}
         """By key as asked for and by resolved key: enough to load an evicted model again."""
 
@@ -66,13 +68,13 @@ class Residency:
         spec = self._specs.get(key)
         return self._residents.get(spec.key) if spec else None
 
-    def get(self, spec: ModelSpec, *, asked: str | None = None, busy: Collection[str] = ()) -> Resident | None:
+    def get(self, spec: ModelSpec, *, busy: Collection[str] = ()) -> Resident | None:
         """The resident for a spec, loaded if need be; the most recently used from now on.
 
         Models are evicted by least recent use until it fits, but never those whose keys are in `busy`: None
         says that it will fit once those are done. Raises LoadFault.
         """
-        asked = asked or spec.key
+        asked = spec.key
         spec = self.remember(spec)
         found = self._residents.get(spec.key)
         if found is not None and found.spec == spec:
@@ -82,11 +84,16 @@ class Residency:
             if spec.key in busy:
                 return None
             self.unload(spec.key, reason="evicted")
-        self.events.loading(spec.key, asked)
-        source = locate(spec)
-        self.events.tick()
-        if not self._make_room(estimate_bytes(source.folder, spec), spec, busy):
+        if spec not in self._located:
+            self.events.loading(spec.key, asked)
+            source = locate(spec)
+            self._located[spec] = source, estimate_bytes(source.folder, spec)
+            self.events.tick()
+        source, needed = self._located[spec]
+        if not self._make_room(needed, spec, busy):
             return None
+        self.events.loading(spec.key, asked)
+        del self._located[spec]
         resident = self._load(spec, source, busy)
         self._residents[spec.key] = resident
         if not self._make_room(0, spec, {*busy, spec.key}) and len(self._residents) == 1:

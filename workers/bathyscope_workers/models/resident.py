@@ -79,6 +79,8 @@ class Resident:
         self.facts = facts
         self.token_budget: int | None = None
         """Lowered when a batch ran out of memory; None while the engine's own budget holds."""
+        self.text_encoder: object | None = None
+        """What the extraction keeps with the tokenizer, see `extraction.tokens.encoder_of`."""
 
     @property
     def key(self) -> str:

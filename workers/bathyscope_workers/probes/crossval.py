@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from bathyscope.errors import FieldError, InvalidInput, JobCancelled
 from bathyscope_workers.probes.estimators import Estimator
 from bathyscope_workers.probes.estimators._base import Codes, Floats
-from bathyscope_workers.probes.metrics import auroc, figure, nll
+from bathyscope_workers.probes.metrics import auroc, cross_validation_spread, figure, nll
 from bathyscope_workers.probes.report import Scores
 from bathyscope_workers.probes.resampling import Resamples
 from bathyscope_workers.probes.splits import Folds
@@ -81,6 +81,23 @@ class Plan:
         """Number of classes."""
         return len(self.targets.classes)
 
+    @property
+    def has_test_set(self) -> bool:
+        """Whether the caller gave one set of rows to train on and one to test on."""
+        return self.folds.count == 1
+
+    def score(self, probabilities: Floats) -> Scores:
+        """Score predictions of the held-out rows, (held-out rows, classes)."""
+        held = self.folds.held_out
+        return Scores.of(
+            self.targets.codes[held],
+            probabilities,
+            strata=self.folds.assignment[held],
+            resamples=self.resamples,
+            target_fpr=self.target_fpr,
+            spread=cross_validation_spread(self.folds.count),
+        )
+
 
 def layer_states(states: NDArray[Any], index: int) -> Floats:
     """One layer in float64, (rows, hidden). Raises `InvalidInput` for a row that is not finite."""
@@ -116,13 +133,7 @@ def fit_layer(states: NDArray[Any], index: int, plan: Plan) -> LayerResult:
         nlls.append(best_nll)
         _stop_if_asked(plan)
     losses = [_value(nll(y[held], path[held]), len(held)) for path in paths]
-    scores = Scores.of(
-        y[held],
-        predicted[held],
-        strata=plan.folds.assignment[held],
-        resamples=plan.resamples,
-        target_fpr=plan.target_fpr,
-    )
+    scores = plan.score(predicted[held])
     return LayerResult(predicted[held], scores, chosen, aurocs, nlls, int(np.argmin(losses)), converged)
 
 
@@ -136,6 +147,14 @@ def _inner(X: Floats, y: Codes, folds: Folds, plan: Plan) -> tuple[int, float, f
     losses = [_value(nll(y, path), len(y)) for path in paths]
     best = int(np.argmin(losses))
     return best, _value(auroc(y, paths[best], folds.assignment), len(y)), losses[best]
+
+
+def cross_validate(estimator: Estimator, X: Floats, y: Codes, plan: Plan) -> Floats:
+    """Probabilities of the held-out rows (held-out rows, classes), by an estimator with one penalty."""
+    predicted = np.empty((len(y), plan.classes))
+    for train, test in plan.folds:
+        predicted[test] = estimator.fit_path(X[train], y[train], plan.classes)[0].predict_proba(X[test])
+    return predicted[plan.folds.held_out]
 
 
 def choose_layers(results: list[LayerResult], folds: Folds) -> list[int]:

@@ -30,6 +30,7 @@ BINS = 15
 
 _LEVEL = 95.0
 _BIASED = ("ece", "ece_equal_mass")
+_HIGHEST = {"nll": float("inf"), "brier": 2.0}
 
 Statistic = Callable[[Floats], Floats]
 """Weights (resamples, rows) to values (resamples,); nan where a resample leaves the metric undefined."""
@@ -215,12 +216,21 @@ def reliability(y: Codes, probabilities: Floats, *, equal_mass: bool = False, bi
     return rows
 
 
-def figure(statistic: Statistic, rows: int, resamples: Resamples | None = None, *, biased: bool = False) -> Figure:
+def figure(
+    statistic: Statistic,
+    rows: int,
+    resamples: Resamples | None = None,
+    *,
+    biased: bool = False,
+    spread: float = 1.0,
+    highest: float = 1.0,
+) -> Figure:
     """The value of a statistic on all rows, and its percentile interval over the resamples.
 
     `biased` is for statistics that noise can only raise, such as the ECE: their resamples lie above the value by as
     much as the value lies above the truth, and a plain percentile interval may miss the value itself. Their interval
-    is moved by the mean difference, and cut at 0.
+    is moved by the mean difference. `spread` multiplies the distances from the value to the interval's ends (see
+    `cross_validation_spread`). The ends are cut at 0 and at `highest`.
     """
     value = float(statistic(np.ones((1, rows)))[0])
     if not np.isfinite(value):
@@ -234,8 +244,21 @@ def figure(statistic: Statistic, rows: int, resamples: Resamples | None = None, 
     low, high = np.percentile(draws, [50 - _LEVEL / 2, 50 + _LEVEL / 2])
     if biased:
         shift = float(draws.mean()) - value
-        low, high = min(max(low - shift, 0.0), value), max(high - shift, value)
-    return Figure(value, float(low), float(high))
+        low, high = min(low - shift, value), max(high - shift, value)
+    low, high = value + spread * (low - value), value + spread * (high - value)
+    return Figure(value, max(float(low), 0.0), min(float(high), highest))
+
+
+def cross_validation_spread(folds: int) -> float:
+    """By how much intervals of cross-validated figures are wider than those of one probe on fresh rows.
+
+    Resampling predictions holds the fitted probes fixed. In cross-validation they are not: each row is tested by one
+    probe and trained the others, so that the folds' errors go together, with a correlation of about the share held
+    out, 1/K (Nadeau & Bengio, "Inference for the generalization error", 2003). The variance of the mean over K folds
+    is then 1 + (K - 1)/K times that of independent folds. Without it 95 % intervals of K = 5 folds cover about 80 %.
+    One fold, a test set of its own, needs none.
+    """
+    return float(np.sqrt(1 + (folds - 1) / folds))
 
 
 def score(
@@ -245,10 +268,11 @@ def score(
     strata: Codes | None = None,
     resamples: Resamples | None = None,
     target_fpr: float | None = None,
+    spread: float = 1.0,
 ) -> dict[str, Figure]:
     """Every metric of predictions `probabilities` (rows, classes) of codes `y` (rows,), by its name in the API.
 
-    `recall_at_fpr` is there for binary predictions when `target_fpr` is given.
+    `recall_at_fpr` is there for binary predictions when `target_fpr` is given. See `figure` for `spread`.
     """
     statistics: dict[str, Statistic] = {
         "auroc": auroc(y, probabilities, strata),
@@ -264,7 +288,15 @@ def score(
         ranking = Ranking(y == 1, probabilities[:, 1])
         statistics["recall_at_fpr"] = lambda weights: ranking.recall_at_fpr(weights, target_fpr)
     return {
-        name: figure(statistic, len(y), resamples, biased=name in _BIASED) for name, statistic in statistics.items()
+        name: figure(
+            statistic,
+            len(y),
+            resamples,
+            biased=name in _BIASED,
+            spread=spread,
+            highest=_HIGHEST.get(name, 1.0),
+        )
+        for name, statistic in statistics.items()
     }
 
 

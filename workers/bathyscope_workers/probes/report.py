@@ -37,10 +37,11 @@ class Scores:
         strata: Codes,
         resamples: Resamples,
         target_fpr: float,
+        spread: float,
     ) -> Scores:
         """Score `probabilities` (rows, classes) of codes `y`; see `metrics.score`."""
         return cls(
-            score(y, probabilities, strata=strata, resamples=resamples, target_fpr=target_fpr),
+            score(y, probabilities, strata=strata, resamples=resamples, target_fpr=target_fpr, spread=spread),
             reliability(y, probabilities),
         )
 
@@ -140,8 +141,9 @@ def protocol_text(*, folds: int, given_test: bool, chooses: bool, several_penalt
             "the highest AUROC in `layers`, and the probe is fitted there on all rows."
         )
     parts.append(
-        "AUROC and average precision compare rows of one fold. Intervals are 95 % percentile bootstrap over "
-        "held-out predictions, whole clusters at a time; they do not include the luck of the training rows."
+        "AUROC and average precision compare rows of one fold. Intervals: 95 % percentile bootstrap of the held-out "
+        "predictions, whole clusters (groups, repeated inputs) at a time"
+        + ("." if folds == 1 else ", widened for what folds share (Nadeau & Bengio 2003).")
     )
     return " ".join(parts)
 
@@ -153,7 +155,7 @@ def warnings_for(
     held_out: Scores,
     clusters: int,
     clustered: bool,
-    baselines: dict[str, Scores | None],
+    baselines: dict[str, Scores],
     target_fpr: float,
     unconverged: list[int],
 ) -> list[str]:
@@ -161,7 +163,7 @@ def warnings_for(
     found = []
     for label, count in zip(classes, class_counts, strict=True):
         if count < FEW_ROWS:
-            found.append(f"Only {count} rows of class {label!r}: figures and intervals are rough.")
+            found.append(f"Only {count} scored rows of class {label!r}: figures and intervals are rough.")
     if clustered and clusters < FEW_CLUSTERS:
         found.append(f"Only {clusters} groups: intervals that draw whole groups are too narrow with so few.")
     measured = held_out["auroc"]
@@ -172,7 +174,7 @@ def warnings_for(
         )
     bar = measured.low if measured.low is not None else measured.value
     for name, scores in baselines.items():
-        rival = scores["auroc"].value if scores is not None else None
+        rival = scores["auroc"].value
         if rival is not None and bar is not None and rival >= bar and (rival > 0.55 or bar > 0.5):
             found.append(
                 f"The {name} baseline (AUROC {rival:.3f}) is as good as the probe "

@@ -29,7 +29,7 @@ from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 from bathyscope.errors import FieldError, InvalidRequest, JobCancelled, NotBuilt
 from bathyscope_workers.probes import baselines as rivals
 from bathyscope_workers.probes.crossval import LayerResult, Plan, best_layer, choose_layers, fit_layer, layer_states
-from bathyscope_workers.probes.estimators import Estimator, make_estimator
+from bathyscope_workers.probes.estimators import Estimator, LinearFit, make_estimator
 from bathyscope_workers.probes.estimators._base import Codes, Floats
 from bathyscope_workers.probes.metrics import Ranking, reliability
 from bathyscope_workers.probes.model import FittedProbe
@@ -130,18 +130,10 @@ def sweep(
         raise ValueError(f"states {states.shape} must be (rows, layers, hidden) with {len(layer_numbers)} layers")
     if len(set(layer_numbers)) != len(layer_numbers):
         raise ValueError("a layer is named twice")
-    rows = len(states)
     names, estimator = _check(config)
-    targets = encode_labels(labels, rows, task=config.task)
+    targets = encode_labels(labels, len(states), task=config.task)
     folds = make_folds(targets, folds=config.folds, groups=groups, split=split, keys=input_keys, seed=config.seed)
-    chooses = len(layer_numbers) > 1 or len(estimator.penalties) > 1
-    inner = None
-    if chooses:
-        inner = [inner_folds(targets, folds, train, fold, folds=INNER_FOLDS) for fold, (train, _) in enumerate(folds)]
-    held = folds.held_out
-    strata, y = folds.assignment[held], targets.codes[held]
-    resamples = Resamples(len(held), config.bootstrap, seed=config.seed, clusters=folds.clusters[held])
-    plan = Plan(targets, folds, inner, estimator, resamples, config.target_fpr, threading.Event())
+    plan = _plan(targets, folds, estimator, config, layers=len(layer_numbers))
     watch = _Watch(progress, cancelled, plan.stop)
     with threadpool_limits(limits=1), warnings.catch_warnings():
         # Solvers warn through the interpreter's one list of filters; the report says what did not converge.
@@ -149,87 +141,55 @@ def sweep(
         warnings.simplefilter("ignore", LinAlgWarning)
         results = _all_layers(states, plan, watch, config.threads)
         choice = choose_layers(results, folds)
-        predicted = np.empty((len(held), plan.classes))
+        kept = _keep(states, results, choice, plan, watch)
+        compared = _baselines(names, kept, lengths, plan, watch, config.seed)
+        predicted = np.empty((len(folds.held_out), plan.classes))
+        strata = folds.assignment[folds.held_out]
         for fold, layer in enumerate(choice):
             predicted[strata == fold] = results[layer].probabilities[strata == fold]
-        held_out = Scores.of(y, predicted, strata=strata, resamples=resamples, target_fpr=config.target_fpr)
-        given_test = bool(np.any(folds.assignment < 0)) and folds.count == 1
-        best = choice[0] if given_test else best_layer([result.key for result in results])
-        penalty = results[best].chosen[0] if given_test else results[best].penalty
-        C = estimator.penalties[penalty]
-        final = make_estimator(config.estimator, C=[C], standardize=config.standardize)
-        X = layer_states(states, best)
-        training = np.flatnonzero(folds.assignment < 0) if given_test else np.arange(rows)
-        watch.report("fitting the probe", 0, 1, "probes")
-        fit = final.fit_path(X[training], targets.codes[training], plan.classes)[0]
-        watch.report("fitting the probe", 1, 1, "probes")
-        compared, baseline_scores, notes = _baselines(
-            names, final, X, lengths, plan, watch, layer_numbers[best], config
-        )
-    penalties = estimator.penalties
-    report = Report(
-        task=targets.task,
-        estimator=estimator.name,
-        settings={"C": C, "C_candidates": list(penalties), "standardize": config.standardize},
-        n=rows,
-        classes=list(targets.classes),
-        class_counts=targets.counts,
-        seed=config.seed,
-        bootstrap=config.bootstrap,
-        folds=folds.record(),
-        protocol=protocol_text(
-            folds=folds.count, given_test=given_test, chooses=chooses, several_penalties=len(penalties) > 1
-        ),
-        layers=[
-            {"layer": int(number), "C": [penalties[index] for index in result.chosen]} | result.scores.to_dict()
-            for number, result in zip(layer_numbers, results, strict=True)
-        ],
-        best_layer=int(layer_numbers[best]),
-        held_out=held_out.to_dict()
-        | {
-            "reliability_equal_mass": reliability(y, predicted, equal_mass=True),
-            "choices": [
-                {
-                    "fold": fold,
-                    "layer": int(layer_numbers[layer]),
-                    "C": penalties[results[layer].chosen[fold]],
-                    "rows": int(np.sum(strata == fold)),
-                }
-                for fold, layer in enumerate(choice)
-            ],
-        },
-        baselines=compared,
-        thresholds=_thresholds(y, predicted, held_out, config.target_fpr),
-        warnings=[
-            *folds.warnings,
-            *warnings_for(
-                classes=list(targets.classes),
-                class_counts=[int(count) for count in np.bincount(y, minlength=plan.classes)],
-                held_out=held_out,
-                clusters=resamples.clusters,
-                clustered=resamples.clusters < len(held),
-                baselines=baseline_scores,
-                target_fpr=config.target_fpr,
-                unconverged=[
-                    int(number) for number, result in zip(layer_numbers, results, strict=True) if not result.converged
-                ],
-            ),
-            *notes,
-        ],
-    )
+        held_out = plan.score(predicted)
+    report = _report(plan, results, choice, kept, held_out, predicted, compared, layer_numbers, config)
     probe = FittedProbe(
-        weights=fit.coef,
-        intercept=fit.intercept,
-        mean=fit.mean,
-        scale=fit.scale,
+        weights=kept.fit.coef,
+        intercept=kept.fit.intercept,
+        mean=kept.fit.mean,
+        scale=kept.fit.scale,
         classes=targets.classes,
-        layer=int(layer_numbers[best]),
+        layer=report.best_layer,
         task=targets.task,
         estimator=estimator.name,
-        settings={"C": C, "standardize": config.standardize},
+        settings={"C": kept.C, "standardize": config.standardize},
         report_sha256=report.sha256(),
     )
-    return SweepResult(report, probe, folds, held, predicted)
+    return SweepResult(report, probe, folds, folds.held_out, predicted)
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """The probe that is kept."""
+
+    index: int
+    """Of its layer, on the layers axis."""
+
+    C: float
+    """Its penalty."""
+
+    X: Floats
+    """All rows of its layer."""
+
+    estimator: Estimator
+    """With that penalty alone."""
+
+    fit: LinearFit
+    """On all rows, or on the training rows of a given split."""
+
+
+@dataclass(frozen=True)
+class _Compared:
+    """Baselines by name, and what is to be said of one that is missing."""
+
+    scores: dict[str, Scores]
+    notes: list[str]
 
 
 class _Watch:
@@ -297,53 +257,114 @@ def _all_layers(states: NDArray[Any], plan: Plan, watch: _Watch, threads: int | 
     return [future.result() for future in futures]
 
 
+def _plan(targets: Targets, folds: Folds, estimator: Estimator, config: SweepConfig, *, layers: int) -> Plan:
+    inner = None
+    if layers > 1 or len(estimator.penalties) > 1:
+        inner = [inner_folds(targets, folds, train, fold, folds=INNER_FOLDS) for fold, (train, _) in enumerate(folds)]
+    held = folds.held_out
+    resamples = Resamples(len(held), config.bootstrap, seed=config.seed, clusters=folds.clusters[held])
+    return Plan(targets, folds, inner, estimator, resamples, config.target_fpr, threading.Event())
+
+
+def _keep(states: NDArray[Any], results: list[LayerResult], choice: list[int], plan: Plan, watch: _Watch) -> _Kept:
+    """Choose and fit the final probe; with a given test set by the training rows alone."""
+    if plan.has_test_set:
+        index, rows = choice[0], np.flatnonzero(plan.folds.assignment < 0)
+        penalty = results[index].chosen[0]
+    else:
+        index, rows = best_layer([result.key for result in results]), np.arange(len(plan.targets.codes))
+        penalty = results[index].penalty
+    watch.report("fitting the probe", 0, 1, "probes")
+    C = plan.estimator.penalties[penalty]
+    estimator = plan.estimator.with_penalty(C)
+    X = layer_states(states, index)
+    fit = estimator.fit_path(X[rows], plan.targets.codes[rows], plan.classes)[0]
+    watch.report("fitting the probe", 1, 1, "probes")
+    return _Kept(index, C, X, estimator, fit)
+
+
 def _baselines(
-    names: Sequence[str],
-    final: Estimator,
-    X: Floats,
-    lengths: Sequence[int] | None,
-    plan: Plan,
-    watch: _Watch,
-    layer: int,
-    config: SweepConfig,
-) -> tuple[dict[str, Any], dict[str, Scores | None], list[str]]:
-    """(as JSON, as scores, sentences), by name."""
-    compared: dict[str, Any] = {}
-    scored: dict[str, Scores | None] = {}
-    notes = []
-    held = plan.folds.held_out
-    y, strata = plan.targets.codes, plan.folds.assignment[held]
+    names: Sequence[str], kept: _Kept, lengths: Sequence[int] | None, plan: Plan, watch: _Watch, seed: int
+) -> _Compared:
+    compared = _Compared({}, [])
     for done, name in enumerate(names):
         watch.report("baselines", done, len(names), "baselines")
-        if name == "length":
-            if lengths is None:
-                notes.append("The length baseline is missing: the states came without token counts.")
-                continue
-            if len(lengths) != len(y):
-                raise ValueError(f"{len(lengths)} lengths for {len(y)} rows")
-            predicted = rivals.length_predictions(lengths, y, plan.classes, plan.folds)
-            scores = Scores.of(
-                y[held], predicted, strata=strata, resamples=plan.resamples, target_fpr=config.target_fpr
-            )
-            compared[name] = scores.to_dict()
+        if name == "shuffled_labels":
+            compared.scores[name] = rivals.shuffled_label_scores(kept.estimator, kept.X, plan, seed, watch.check)
+        elif lengths is None:
+            compared.notes.append("The length baseline is missing: the states came without token counts.")
         else:
-            figures = rivals.shuffled_label_scores(
-                final,
-                X,
-                y,
-                plan.classes,
-                plan.folds,
-                seed=config.seed,
+            compared.scores[name] = plan.score(rivals.length_predictions(lengths, plan))
+    return compared
+
+
+def _report(
+    plan: Plan,
+    results: list[LayerResult],
+    choice: list[int],
+    kept: _Kept,
+    held_out: Scores,
+    predicted: Floats,
+    compared: _Compared,
+    layer_numbers: Sequence[int],
+    config: SweepConfig,
+) -> Report:
+    targets, folds, penalties = plan.targets, plan.folds, plan.estimator.penalties
+    numbers = [int(number) for number in layer_numbers]
+    held = folds.held_out
+    y, strata = targets.codes[held], folds.assignment[held]
+    choices = [
+        {
+            "fold": fold,
+            "layer": numbers[layer],
+            "C": penalties[results[layer].chosen[fold]],
+            "rows": int(np.sum(strata == fold)),
+        }
+        for fold, layer in enumerate(choice)
+    ]
+    baselines = {name: scores.to_dict() for name, scores in compared.scores.items()}
+    if "shuffled_labels" in baselines:
+        baselines["shuffled_labels"] |= {"layer": numbers[kept.index], "permutations": rivals.PERMUTATIONS}
+    return Report(
+        task=targets.task,
+        estimator=plan.estimator.name,
+        settings={"C": kept.C, "C_candidates": list(penalties), "standardize": config.standardize},
+        n=len(targets.codes),
+        classes=list(targets.classes),
+        class_counts=targets.counts,
+        seed=config.seed,
+        bootstrap=config.bootstrap,
+        folds=folds.record(),
+        protocol=protocol_text(
+            folds=folds.count,
+            given_test=plan.has_test_set,
+            chooses=plan.inner is not None,
+            several_penalties=len(penalties) > 1,
+        ),
+        layers=[
+            {"layer": number, "C": [penalties[index] for index in result.chosen]} | result.scores.to_dict()
+            for number, result in zip(numbers, results, strict=True)
+        ],
+        best_layer=numbers[kept.index],
+        held_out=held_out.to_dict()
+        | {"reliability_equal_mass": reliability(y, predicted, equal_mass=True), "choices": choices},
+        baselines=baselines,
+        thresholds=_thresholds(y, predicted, held_out, config.target_fpr),
+        warnings=[
+            *folds.warnings,
+            *warnings_for(
+                classes=list(targets.classes),
+                class_counts=[int(count) for count in np.bincount(y, minlength=plan.classes)],
+                held_out=held_out,
+                clusters=plan.resamples.clusters,
+                clustered=plan.resamples.clusters < len(held),
+                baselines=compared.scores,
                 target_fpr=config.target_fpr,
-                tick=watch.check,
-            )
-            scores = Scores(figures, [])
-            compared[name] = {metric: value.to_dict() for metric, value in figures.items()} | {
-                "layer": int(layer),
-                "permutations": rivals.PERMUTATIONS,
-            }
-        scored[name] = scores
-    return compared, scored, notes
+                unconverged=[number for number, result in zip(numbers, results, strict=True) if not result.converged],
+            ),
+            *compared.notes,
+        ],
+    )
 
 
 def _thresholds(y: Codes, predicted: Floats, held_out: Scores, target_fpr: float) -> dict[str, Any]:

@@ -131,16 +131,16 @@ local function ancestors(job)
   return ids
 end
 
--- The problem of a job whose parent did not succeed; `cause` is the parent's own, or nil.
+-- The problem of a job whose parent did not succeed. `cause` is the parent's own problem, or nil; down a chain of
+-- jobs the first cause is handed on as it is, so that the thousandth still says what went wrong, and no more.
 local function dependency_problem(parent, status, cause)
   local problem = cjson.decode(terms.dependency_problem)
   local detail = 'The job ' .. parent .. ', which this one needs, ' .. status .. '.'
-  if cause then
-    local ok, document = pcall(cjson.decode, cause)
-    if ok and type(document) == 'table' then
-      if document.detail then detail = detail .. ' ' .. document.detail end
-      problem.cause = { type = document.type, title = document.title, status = document.status, detail = document.detail }
-    end
+  local ok, document = pcall(cjson.decode, cause or '')
+  if ok and type(document) == 'table' then
+    local first = type(document.cause) == 'table' and document.cause or document
+    problem.cause = { type = first.type, title = first.title, status = first.status, detail = first.detail }
+    if type(first.detail) == 'string' then detail = detail .. ' ' .. first.detail end
   end
   problem.parent = parent
   problem.detail = detail

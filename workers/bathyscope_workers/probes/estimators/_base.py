@@ -26,6 +26,10 @@ class Estimator(Protocol):
         """The settings among which the sweep chooses; one entry when there is nothing to choose."""
         ...
 
+    def with_penalty(self, penalty: float) -> Estimator:
+        """The same estimator with one of its penalties only."""
+        ...
+
     def fit_path(self, X: Floats, y: Codes, classes: int) -> list[LinearFit]:
         """Fit states `X` (rows, hidden) to codes `y` (rows,) in [0, classes): one fit a penalty, in their order.
 

@@ -17,7 +17,7 @@ the problem as it stands.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from sklearn.linear_model import LogisticRegression
@@ -56,6 +56,10 @@ class LogisticEstimator:
     def penalties(self) -> tuple[float, ...]:
         """The values of C."""
         return self.C
+
+    def with_penalty(self, penalty: float) -> LogisticEstimator:
+        """The same with this C alone."""
+        return replace(self, C=(penalty,))
 
     def fit_path(self, X: Floats, y: Codes, classes: int) -> list[LinearFit]:
         """Fit states `X` (rows, hidden), any float dtype, to codes `y` (rows,): one fit for each C, in float64."""

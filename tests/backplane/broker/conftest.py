@@ -1,0 +1,148 @@
+"""Brokers for tests, and the audit that holds every index against the hashes after each test."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+import pytest
+from redis.asyncio import Redis
+
+from bathyscope_backplane.broker import Broker, BrokerLimits, NewJob
+
+_numbers = itertools.count(1)
+
+Audit = Callable[[Redis, str], Awaitable[None]]
+MakeBroker = Callable[..., Broker]
+MakeJob = Callable[..., NewJob]
+
+
+@pytest.fixture(scope="session")
+def new_job() -> MakeJob:
+    """A job with whatever is not said made up."""
+
+    def make(**given: Any) -> NewJob:
+        job: dict[str, Any] = {
+            "id": f"job_{next(_numbers):026d}",
+            "kind": "extraction",
+            "lane": "cpu",
+            "owner": "key_a",
+            "payload": '{"inputs": []}',
+        }
+        return NewJob(**{**job, **given})
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def audit() -> Audit:
+    """Proves that lanes, rings, sets, lists and counters say exactly what the job hashes say."""
+    return _audit
+
+
+@pytest.fixture
+async def make_broker(redis: Redis) -> AsyncIterator[MakeBroker]:
+    """Brokers of one namespace that is fresh for this test; audited when the test is over."""
+    namespace = f"test{next(_numbers)}"
+
+    def make(clock_skew_ms: int = 0, **limits: Any) -> Broker:
+        return Broker(redis, namespace=namespace, limits=BrokerLimits(**limits), clock_skew_ms=clock_skew_ms)
+
+    yield make
+    await _audit(redis, f"{{{namespace}}}:")
+
+
+@pytest.fixture
+def broker(make_broker: MakeBroker) -> Broker:
+    return make_broker()
+
+
+CLASSES = {"high": 0, "normal": 1, "low": 2}
+
+
+async def _audit(redis: Redis, prefix: str) -> None:
+    keys = {key.removeprefix(prefix) async for key in redis.scan_iter(f"{_escaped(prefix)}*", count=1000)}
+    jobs: dict[str, dict[str, str]] = {}
+    for key in keys:
+        if key.startswith("job:"):
+            jobs[key.removeprefix("job:")] = await redis.hgetall(prefix + key)
+
+    def those(state: str) -> set[str]:
+        return {id for id, job in jobs.items() if job["state"] == state}
+
+    async def ranked(key: str) -> dict[str, float]:
+        return dict(await redis.zrange(prefix + key, 0, -1, withscores=True))
+
+    expected: set[str] = {f"job:{id}" for id in jobs}
+
+    # Each job's state has its index, and the index nothing else.
+    assert set(await ranked("leases")) == those("running")
+    assert set(await ranked("delayed")) == those("delayed")
+    assert set(await redis.smembers(prefix + "waiting")) == those("waiting")
+    assert set(await ranked("expiry")) == set(jobs)
+    assert set(await ranked("dead")) == {id for id, job in jobs.items() if job.get("dead_letter") == "1"}
+    assert set(await ranked("jobs")) == set(jobs)
+    for owner in {job["owner"] for job in jobs.values()}:
+        assert set(await ranked(f"jobs:{owner}")) == {id for id, job in jobs.items() if job["owner"] == owner}
+        expected.add(f"jobs:{owner}")
+    expected |= {"leases", "delayed", "waiting", "expiry", "dead", "jobs"}
+
+    # Lanes: queue, ring, clock of being passed over, ages, and solo jobs of each.
+    for lane in {job["lane"] for job in jobs.values()}:
+        ready = {id: job for id, job in jobs.items() if job["state"] == "ready" and job["lane"] == lane}
+        assert set(await ranked(f"age:{lane}")) == set(ready)
+        assert set(await redis.smembers(f"{prefix}solo:{lane}")) == {i for i, job in ready.items() if job["solo"] == "1"}
+        expected |= {f"age:{lane}", f"solo:{lane}"}
+        for owner in {job["owner"] for job in jobs.values()}:
+            queue = await ranked(f"ready:{lane}|{owner}")
+            assert queue == {
+                id: CLASSES[job["priority"]] * 2**50 + int(job["sequence"])
+                for id, job in ready.items()
+                if job["owner"] == owner
+            }
+            expected.add(f"ready:{lane}|{owner}")
+        for name, number in CLASSES.items():
+            owners = {job["owner"] for job in ready.values() if job["priority"] == name}
+            assert set(await ranked(f"turns:{number}:{lane}")) == owners
+            assert set(await ranked(f"passed:{number}:{lane}")) == (owners if number else set())
+            expected |= {f"turns:{number}:{lane}", f"passed:{number}:{lane}"}
+        if not ready:
+            assert not await redis.hexists(prefix + "aged", lane)
+
+    # Counters.
+    queued = Counter(job["lane"] for job in jobs.values() if job["status"] == "queued")
+    unfinished = Counter(job["owner"] for job in jobs.values() if job["state"] != "ended")
+    statuses = Counter(job["status"] for job in jobs.values())
+    for name, count in (("lane_load", queued), ("owner_load", unfinished), ("tally", statuses)):
+        assert {field: int(value) for field, value in (await redis.hgetall(prefix + name)).items()} == dict(count)
+    expected |= {"lane_load", "owner_load", "tally", "totals", "aged", "sequence"}
+
+    # Parents know who waits for them, as long as they wait.
+    for id, job in jobs.items():
+        children = set(await redis.smembers(f"{prefix}children:{id}"))
+        waiting = {i for i, its in jobs.items() if its["state"] == "waiting" and id in its["parents"].split()}
+        assert children == (waiting if job["state"] != "ended" else set())
+        if job["state"] == "waiting":
+            unmet = [parent for parent in job["parents"].split() if jobs[parent]["state"] != "ended"]
+            assert int(job["unmet"]) == len(set(unmet)) > 0
+        expected |= {f"children:{id}", f"events:{id}"}
+        # A job that has ended goes by itself even when nobody reaps; secrets are gone at once.
+        assert (await redis.ttl(f"{prefix}job:{id}") > 0) == (job["state"] == "ended")
+        if job["state"] == "ended":
+            assert await redis.ttl(f"{prefix}events:{id}") > 0
+            assert "secret" not in job
+            assert await redis.ttl(f"{prefix}tomb:{id}") > await redis.ttl(f"{prefix}job:{id}")
+        else:
+            assert not await redis.exists(f"{prefix}tomb:{id}")
+
+    # Nothing else is left lying, and what is kept for a while goes by itself.
+    rest = {key for key in keys - expected if not key.startswith(("tomb:", "idem:", "taken:"))}
+    assert rest == set()
+    for key in keys - expected:
+        assert await redis.ttl(prefix + key) > 0
+
+
+def _escaped(prefix: str) -> str:
+    return "".join(f"\\{letter}" if letter in "{}[]*?^\\" else letter for letter in prefix)

@@ -1,0 +1,71 @@
+"""`python -m bathyscope_workers.engine --kind model|cpu --fd N`; see `protocol` for what is said over fd N."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import socket
+import sys
+
+from bathyscope_workers.engine.process import die_with_parent, ignore_interrupts
+from bathyscope_workers.engine.protocol import EXIT_DEVICE_FAULT
+
+log = logging.getLogger("bathyscope_workers.engine")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Serve the pipe; returns the exit status."""
+    options = _parser().parse_args(arguments)
+    die_with_parent()
+    ignore_interrupts()
+    logging.basicConfig(
+        stream=sys.stderr, level=options.log_level.upper(), format="%(levelname)s %(name)s: %(message)s"
+    )
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    from bathyscope_workers.engine.channel import Channel
+
+    # The supervisor is gone: nothing done from now on would reach anyone, so no batch is worth finishing.
+    channel = Channel(socket.socket(fileno=options.fd), on_close=lambda: os._exit(0))
+    channel.start()
+    if options.kind == "cpu":
+        from bathyscope_workers.engine.cpu_engine import CpuEngine
+
+        CpuEngine(channel).run()
+        return 0
+    import torch
+
+    from bathyscope_workers.engine.model_engine import DeviceFault, ModelEngine, ModelEngineSettings
+
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    settings = ModelEngineSettings(
+        batch_tokens=options.batch_tokens,
+        memory_bytes=options.memory_bytes,
+        force_cpu=options.cpu,
+        template_seconds=options.template_seconds,
+    )
+    try:
+        ModelEngine(channel, settings).run()
+    except DeviceFault:
+        log.exception("the device is lost")
+        os._exit(EXIT_DEVICE_FAULT)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m bathyscope_workers.engine")
+    parser.add_argument("--kind", choices=("model", "cpu"), required=True)
+    parser.add_argument("--fd", type=int, required=True, help="this end of a stream socketpair")
+    parser.add_argument("--batch-tokens", type=int, help="padded tokens a batch (512 on CPU, 16384 on CUDA)")
+    parser.add_argument("--memory-bytes", type=int, help="bound of resident models (a share of the device's memory)")
+    parser.add_argument("--threads", type=int, help="CPU threads of torch (all cores)")
+    parser.add_argument("--cpu", action="store_true", help="compute on the CPU although there is a GPU")
+    parser.add_argument("--template-seconds", type=float, default=5.0, help="deadline of one chat template")
+    parser.add_argument("--log-level", default="info", choices=("debug", "info", "warning", "error"))
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,401 @@
+"""The engine of kind model: extractions on resident models, batch after batch.
+
+One thread does everything but reading the pipe. Each turn of its loop takes the commands that have come, starts
+jobs whose model is resident (loading it if need be), tokenises a thousand inputs, runs one batch. It blocks on
+the pipe only when nothing is active.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from bathyscope import errors
+from bathyscope_workers.engine import handlers
+from bathyscope_workers.engine.channel import Channel
+from bathyscope_workers.engine.protocol import RunJob
+from bathyscope_workers.engine.scheduler import Active, Row, Scheduler
+from bathyscope_workers.extraction.batch import run_batch
+from bathyscope_workers.extraction.extraction import Extraction
+from bathyscope_workers.extraction.spec import ExtractionSpec
+from bathyscope_workers.extraction.template import ChatRenderer
+from bathyscope_workers.models.device import Device, is_device_fault, is_out_of_memory
+from bathyscope_workers.models.load import quiet_libraries
+from bathyscope_workers.models.residency import Residency, ResidencyEvents, UnloadReason
+from bathyscope_workers.models.resident import Resident
+from bathyscope_workers.models.source import LoadFault
+from bathyscope_workers.models.spec import ModelSpec
+from bathyscope_workers.models.versions import versions
+
+log = logging.getLogger(__name__)
+
+CPU_BATCH_TOKENS = 512
+"""Small batches stay in the cache: 1024 were slower on CPU."""
+CUDA_BATCH_TOKENS = 16_384
+PROGRESS_SECONDS = 0.5
+
+
+class DeviceFault(Exception):
+    """The accelerator is lost; the process must end."""
+
+
+@dataclass(slots=True)
+class ModelEngineSettings:
+    """Arguments of `python -m bathyscope_workers.engine --kind model`."""
+
+    batch_tokens: int | None = None
+    """Padded tokens a batch; None chooses by device."""
+    memory_bytes: int | None = None
+    """Bound of resident models; None is a share of what the device has."""
+    force_cpu: bool = False
+    template_seconds: float = 5.0
+    """Deadline of rendering one chat template."""
+
+
+class ModelEngine:
+    """Serves one pipe until it closes."""
+
+    def __init__(
+        self,
+        channel: Channel,
+        settings: ModelEngineSettings | None = None,
+        *,
+        finishers: Mapping[str, str | handlers.Handler] | None = None,
+    ) -> None:
+        settings = settings or ModelEngineSettings()
+        self._channel = channel
+        self._finishers = handlers.FINISHERS if finishers is None else finishers
+        self.device = Device.pick(limit_bytes=settings.memory_bytes, force_cpu=settings.force_cpu)
+        self.residency = Residency(
+            self.device, ResidencyEvents(loading=self._on_loading, unloaded=self._on_unloaded, tick=self._beat)
+        )
+        default = CPU_BATCH_TOKENS if self.device.type == "cpu" else CUDA_BATCH_TOKENS
+        self.scheduler = Scheduler(batch_tokens=settings.batch_tokens or default)
+        self.renderer = ChatRenderer(seconds=settings.template_seconds)
+        self._jobs: dict[str, Active] = {}
+        """In order of arrival."""
+        self._unloads: set[str] = set()
+        """Keys to unload once idle."""
+        self._running: list[str] = []
+        self._stopping = False
+
+    # --- the loop ---
+
+    def run(self) -> None:
+        """Serve until `shutdown` or until the pipe closes. Raises DeviceFault."""
+        quiet_libraries()
+        self._channel.send(
+            {
+                "ev": "ready",
+                "kind": "model",
+                "pid": os.getpid(),
+                "device": self.device.name,
+                "device_name": self.device.description,
+                "memory_limit_bytes": self.device.limit_bytes,
+                "versions": versions(),
+            }
+        )
+        try:
+            while not self._stopping:
+                self._take_commands()
+                if self._jobs and not self._stopping:
+                    self._start_jobs()
+                    self._tokenise()
+                    self._run_batch()
+        finally:
+            self._drop_all()
+            self.renderer.close()
+
+    def _take_commands(self) -> None:
+        if not self._jobs:
+            self._announce([])
+        while not self._stopping:
+            command = self._channel.get(block=not self._jobs)
+            if command is None:
+                self._stopping = self._channel.closed
+                return
+            self._do(command)
+
+    def _do(self, command: dict[str, Any]) -> None:
+        match command.get("op"):
+            case "run":
+                job = RunJob.from_wire(command["job"])
+                self._jobs[job.id] = Active(job, received=time.monotonic())
+            case "cancel":
+                active = self._jobs.get(command["id"])
+                if active is not None:
+                    self._remove(active)
+                    self._channel.send({"ev": "cancelled", "id": active.job.id})
+            case "load":
+                self._load(command["resident"])
+            case "unload":
+                self._unloads.add(command["key"])
+                self._unload_idle()
+            case "drop_all":
+                self._drop_all()
+            case "shutdown":
+                self._stopping = True
+            case other:
+                log.warning("an unknown command was ignored: %r", other)
+
+    # --- residents ---
+
+    def _load(self, wire: dict[str, Any]) -> None:
+        """A `load` command. While the memory it needs is in use it waits behind the jobs, as they do."""
+        asked = str(wire.get("name", ""))
+        try:
+            spec = ModelSpec.from_wire(wire)
+            asked = spec.key
+            resident = self._resident(spec, answer=True)
+        except (LoadFault, errors.ProblemError, TypeError) as error:
+            self._load_failed(asked, error)
+            return
+        if resident is None:
+            in_use = errors.OutOfMemory(
+                f"{spec.name} does not fit beside the models that running jobs use; load it again when they are done",
+                model=spec.name,
+            )
+            self._load_failed(asked, LoadFault(in_use, retry=True))
+
+    def _resident(self, spec: ModelSpec, *, answer: bool = False) -> Resident | None:
+        """The resident of a spec; `loaded` is sent when it was loaded now, or an answer is owed."""
+        busy = {one.running.resident.key for one in self._jobs.values() if one.extraction is not None}
+        before = self.residency.peek(spec.key)
+        asked = spec.key
+        resident = self.residency.get(spec, busy=busy)
+        if resident is not None and (answer or resident is not before):
+            self._channel.send({"ev": "loaded", "key": resident.key, "asked": asked, "facts": resident.facts.to_wire()})
+            if resident.facts.has_chat_template:
+                self.renderer.warm()
+        return resident
+
+    def _load_failed(self, asked: str, error: Exception) -> None:
+        problem, retry = _problem_of(error)
+        key = asked
+        try:
+            key = self.residency.spec(asked).key
+        except errors.ModelUnknown:
+            log.debug("failed before it was described")
+        self._channel.send({"ev": "load_failed", "key": key, "asked": asked, "problem": problem, "retry": retry})
+
+    def _unload_idle(self) -> None:
+        for asked in list(self._unloads):
+            resident = self.residency.peek(asked)
+            if resident is not None and any(
+                one.extraction is not None and one.extraction.resident is resident for one in self._jobs.values()
+            ):
+                continue
+            self._unloads.discard(asked)
+            del resident
+            if not self.residency.unload(asked, reason="asked"):
+                self._channel.send({"ev": "unloaded", "key": asked, "reason": "missing"})
+
+    # --- jobs ---
+
+    def _start_jobs(self) -> None:
+        """Give each new job its resident, in order of arrival; one that must wait for memory holds back the next."""
+        for active in [one for one in self._jobs.values() if one.extraction is None]:
+            started = time.monotonic()
+            try:
+                spec = self._spec_of(active.job)
+                resident = self._resident(spec)
+                if resident is None:
+                    return
+                active.timings["load"] = time.monotonic() - active.received
+                active.started = active.last_progress = time.monotonic()
+                job = active.job
+                active.extraction = Extraction(
+                    ExtractionSpec.from_wire(job.spec),
+                    resident,
+                    inputs=job.inputs,
+                    inputs_path=job.inputs_path,
+                    scratch=job.scratch,
+                    renderer=self.renderer,
+                )
+            except LoadFault as fault:
+                self._load_failed(active.job.resident if isinstance(active.job.resident, str) else spec.key, fault)
+                self._fail(active, fault)
+            except Exception as error:
+                self._fail(active, error)
+            if time.monotonic() - started > 1.0:
+                # A load took its time: the commands that came meanwhile go first.
+                return
+
+    def _spec_of(self, job: RunJob) -> ModelSpec:
+        if isinstance(job.resident, dict):
+            return ModelSpec.from_wire(job.resident)
+        if not job.resident:
+            raise errors.InternalError("the job names no model")
+        return self.residency.spec(job.resident)
+
+    def _tokenise(self) -> None:
+        """One step of the job that has waited longest for its tokens."""
+        waiting = [one for one in self._jobs.values() if one.extraction is not None and not one.tokenised]
+        if not waiting:
+            return
+        active = min(waiting, key=lambda one: one.last_served or one.received)
+        self._announce([active.job.id])
+        started = active.last_served = time.monotonic()
+        try:
+            active.tokenised = active.running.tokenise_step()
+        except Exception as error:
+            self._fail(active, error)
+            return
+        active.timings["tokenise"] += time.monotonic() - started
+        if active.tokenised:
+            active.last_served = 0.0
+        else:
+            self._beat()
+            extraction = active.running
+            self._progress(active, "tokenise", extraction.read_inputs, extraction.total_inputs)
+
+    def _run_batch(self) -> None:
+        rows = self.scheduler.next_batch(self._jobs.values())
+        if not rows:
+            return
+        self._announce(list(dict.fromkeys(one.active.job.id for one in rows)))
+        self._forward(rows)
+        self._beat()
+        for active in dict.fromkeys(one.active for one in rows):
+            if not self._is_active(active):
+                continue
+            extraction = active.running
+            if extraction.done_rows == extraction.total_inputs:
+                self._finish(active)
+            else:
+                self._progress(active, "forward", extraction.done_rows, extraction.total_inputs)
+
+    def _forward(self, rows: list[Row]) -> None:
+        """Run a batch; halve it when memory runs out, run its jobs apart when something else goes wrong."""
+        rows = [one for one in rows if self._is_active(one.active)]
+        if not rows:
+            return
+        actives = list(dict.fromkeys(one.active for one in rows))
+        started = time.monotonic()
+        try:
+            run_batch([(active.running, [one.row for one in rows if one.active is active]) for active in actives])
+        except Exception as error:
+            if is_device_fault(error):
+                raise DeviceFault(str(error)) from error
+            split = self._split(rows, actives, error)
+        else:
+            seconds = time.monotonic() - started
+            for active in actives:
+                active.timings["inference"] += seconds
+            return
+        # Outside of the handler: the exception's frames hold the failed batch's tensors.
+        if split:
+            self.device.give_back()
+            for part in split:
+                self._forward(part)
+
+    def _split(self, rows: list[Row], actives: list[Active], error: Exception) -> list[list[Row]]:
+        """What to try after a failure; nothing when the one job to blame was failed."""
+        if is_out_of_memory(error):
+            resident = rows[0].active.running.resident
+            widest = max(len(one.active.running.row_ids(one.row)) for one in rows)
+            log.warning("%s: memory ran out at %d rows of %d tokens", resident.key, len(rows), widest)
+            if len(rows) > 1:
+                resident.token_budget = max(1, len(rows) * widest // 2)
+                half = len(rows) // 2
+                return [rows[:half], rows[half:]]
+            text = f"a text of {widest} tokens does not fit into memory by itself; send shorter ones or set max_length"
+            self._fail(actives[0], errors.OutOfMemory(text, tokens=widest))
+        elif len(actives) > 1:
+            return [[one for one in rows if one.active is active] for active in actives]
+        else:
+            self._fail(actives[0], error)
+        return []
+
+    def _finish(self, active: Active) -> None:
+        job = active.job
+        try:
+            result = active.running.finish()
+            finisher = handlers.resolve(self._finishers, job.kind)
+            if finisher is None:
+                wire = result.to_wire()
+            else:
+                context = handlers.JobContext(job, beat=self._beat, progress=lambda *_: self._beat())
+                wire = finisher(job, result, context)
+        except Exception as error:
+            self._fail(active, error)
+            return
+        total = time.monotonic() - active.received
+        self._forget(active)
+        self._channel.send(
+            {
+                "ev": "done",
+                "id": job.id,
+                "result": wire,
+                "timings": {**_rounded(active.timings), "total": round(total, 6)},
+            }
+        )
+
+    def _fail(self, active: Active, error: Exception) -> None:
+        if is_device_fault(error):
+            raise DeviceFault(str(error)) from error
+        problem, retry = _problem_of(error)
+        self._remove(active)
+        self._channel.send({"ev": "failed", "id": active.job.id, "problem": problem, "retry": retry})
+
+    def _remove(self, active: Active) -> None:
+        if active.extraction is not None:
+            active.extraction.discard()
+        self._forget(active)
+
+    def _forget(self, active: Active) -> None:
+        self._jobs.pop(active.job.id, None)
+        if self._unloads:
+            self._unload_idle()
+
+    def _drop_all(self) -> None:
+        for active in list(self._jobs.values()):
+            self._remove(active)
+
+    def _is_active(self, active: Active) -> bool:
+        return self._jobs.get(active.job.id) is active
+
+    # --- events ---
+
+    def _beat(self) -> None:
+        self._channel.send({"ev": "beat"})
+
+    def _announce(self, ids: list[str]) -> None:
+        if ids != self._running:
+            self._running = ids
+            self._channel.send({"ev": "running", "ids": ids})
+
+    def _progress(self, active: Active, stage: str, done: int, total: int) -> None:
+        now = time.monotonic()
+        if now - active.last_progress >= PROGRESS_SECONDS:
+            active.last_progress = now
+            self._channel.send(
+                {"ev": "progress", "id": active.job.id, "stage": stage, "done": done, "total": total, "unit": "inputs"}
+            )
+
+    def _on_loading(self, key: str, asked: str) -> None:
+        self._announce([])
+        self._channel.send({"ev": "loading", "key": key, "asked": asked})
+
+    def _on_unloaded(self, key: str, reason: UnloadReason) -> None:
+        self._channel.send({"ev": "unloaded", "key": key, "reason": reason})
+
+
+def _rounded(timings: dict[str, float]) -> dict[str, float]:
+    return {name: round(seconds, 6) for name, seconds in timings.items()}
+
+
+def _problem_of(error: Exception) -> tuple[dict[str, Any], bool]:
+    """The problem to tell and whether trying again may help."""
+    if isinstance(error, LoadFault):
+        return error.problem.problem(), error.retry
+    if isinstance(error, errors.ProblemError):
+        return error.problem(), isinstance(error, errors.Unavailable)
+    if is_out_of_memory(error):
+        return errors.OutOfMemory("the worker ran out of memory").problem(), False
+    log.error("a job failed", exc_info=error)
+    return errors.InternalError("the engine failed at this job; its log says where").problem(), True

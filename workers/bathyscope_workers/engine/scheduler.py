@@ -1,0 +1,113 @@
+"""Which rows the next batch holds.
+
+Extractions of one resident share batches, and a new one joins at the next batch. Owners take turns at leading a
+batch, and an owner's jobs take turns among themselves, so one text never waits for ten thousand; higher priority
+goes first, and a class is gained for every `AGING_SECONDS` a job was not served. The leader fills the batch as
+far as it can; what is left goes to rows of other jobs that fit its width.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from bathyscope_workers.engine.protocol import RunJob
+from bathyscope_workers.extraction.extraction import Extraction
+from bathyscope_workers.models.resident import Resident
+
+AGING_SECONDS = 10.0
+_CLASSES = {"high": 0, "normal": 1, "low": 2}
+
+
+@dataclass(slots=True, eq=False)
+class Active:
+    """A job that the model engine works on."""
+
+    job: RunJob
+    received: float
+    """`time.monotonic()` of its arrival, as the other times here."""
+    extraction: Extraction | None = None
+    """None until its model is resident."""
+    tokenised: bool = False
+    started: float = 0.0
+    last_progress: float = 0.0
+    last_served: float = 0.0
+    turn: int = 0
+    timings: dict[str, float] = field(default_factory=lambda: {"load": 0.0, "tokenise": 0.0, "inference": 0.0})
+
+    @property
+    def running(self) -> Extraction:
+        """The extraction, once there is one."""
+        assert self.extraction is not None
+        return self.extraction
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One row of a batch."""
+
+    active: Active
+    row: int
+
+
+class Scheduler:
+    """Picks the next batch among active jobs."""
+
+    def __init__(self, *, batch_tokens: int) -> None:
+        self.batch_tokens = batch_tokens
+        """Budget of padded tokens a batch."""
+        self._turn = 0
+        self._owner_turns: dict[str, int] = {}
+
+    def next_batch(self, jobs: Iterable[Active]) -> list[Row]:
+        """Rows of one resident that share the next forward pass; taken from their extractions. Empty when none wait."""
+        ready = [active for active in jobs if active.tokenised and len(active.running.pending)]
+        if not ready:
+            self._owner_turns.clear()
+            return []
+        now = time.monotonic()
+        ready.sort(key=lambda active: self._order(active, now))
+        leader = ready[0]
+        self._serve(leader, now)
+        extraction = leader.running
+        budget = self.budget(extraction.resident)
+        if extraction.style.alone:
+            return [Row(leader, row) for row in extraction.pending.take(1)]
+        width = extraction.pending.longest
+        rows = [Row(leader, row) for row in extraction.pending.take(budget)]
+        if leader.job.solo:
+            return rows
+        for other in ready[1:]:
+            room = budget // width - len(rows)
+            if room <= 0:
+                break
+            if self._fits(leader, other):
+                taken = other.running.pending.take(budget, width=width, most=room)
+                if taken:
+                    other.last_served = now
+                rows += [Row(other, row) for row in taken]
+        return rows
+
+    def budget(self, resident: Resident) -> int:
+        """Padded tokens a batch of this resident may hold."""
+        return min(self.batch_tokens, resident.token_budget or self.batch_tokens)
+
+    def _order(self, active: Active, now: float) -> tuple[int, int, int, float]:
+        waited = now - (active.last_served or active.received)
+        effective = _CLASSES.get(active.job.priority, 1) - int(waited / AGING_SECONDS)
+        return effective, self._owner_turns.get(active.job.owner, 0), active.turn, active.received
+
+    def _serve(self, active: Active, now: float) -> None:
+        self._turn += 1
+        self._owner_turns[active.job.owner] = active.turn = self._turn
+        active.last_served = now
+
+    @staticmethod
+    def _fits(leader: Active, other: Active) -> bool:
+        """Whether another job's rows may join: same model and style, and not for half its blocks or twice them."""
+        mine, theirs = leader.running, other.running
+        if other.job.solo or theirs.resident is not mine.resident or theirs.style != mine.style:
+            return False
+        low, high = sorted((mine.top, theirs.top))
+        return 2 * low >= high

@@ -1,0 +1,289 @@
+"""One extraction under way: inputs -> token ids -> a file of the right shape -> rows filled in by batches."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import orjson
+import torch
+from numpy.typing import NDArray
+
+from bathyscope import errors
+from bathyscope_workers.extraction.plan import Pending
+from bathyscope_workers.extraction.scratch import ScratchFile
+from bathyscope_workers.extraction.spec import ExtractionSpec
+from bathyscope_workers.extraction.template import ChatRenderer
+from bathyscope_workers.extraction.tokens import InputReader
+from bathyscope_workers.models.resident import Resident
+from bathyscope_workers.models.versions import versions
+
+FILE_NAME = "hidden_states.safetensors"
+_CHUNK_INPUTS, _CHUNK_BYTES = 1000, 500_000
+"""Inputs tokenised in one step: a fraction of a second between two batches of other jobs."""
+_TORCH_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+@dataclass(slots=True)
+class ExtractionResult:
+    """What a finished extraction left in its scratch folder."""
+
+    path: str
+    """A safetensors file: `hidden_states`, `token_ids`, `offsets`, provenance in its metadata."""
+    bytes: int
+    header_bytes: int
+    """Length of the header with its length prefix: where the tensors begin."""
+    tensors: dict[str, dict[str, Any]]
+    """Of each tensor `{"dtype", "shape", "offset", "bytes"}`, offsets from the start of the file."""
+    shape: list[int]
+    """[inputs, layers, hidden]; with pooling none [tokens kept, layers, hidden]."""
+    dtype: str
+    layers: list[int]
+    """Resolved layer numbers in the order asked for."""
+    inputs: int
+    tokens: dict[str, int]
+    """`total`: of the inputs; `computed`: with the padding of their batches; `kept`: rows with pooling none."""
+    provenance: dict[str, Any]
+    """What the numbers depend on; the file's metadata holds the same as strings."""
+
+    def to_wire(self) -> dict[str, Any]:
+        """A JSON object."""
+        return {name: getattr(self, name) for name in self.__dataclass_fields__}
+
+
+class Extraction:
+    """The state of one extraction. Call `tokenise_step` until it says True, then fill rows, then `finish`."""
+
+    def __init__(
+        self,
+        spec: ExtractionSpec,
+        resident: Resident,
+        *,
+        inputs: list[Any] | None,
+        inputs_path: str | None,
+        scratch: str,
+        renderer: ChatRenderer,
+    ) -> None:
+        self.spec = spec
+        self.resident = resident
+        self.layers = spec.resolve_layers(resident.facts.num_layers)
+        self.slots = {layer: slot for slot, layer in enumerate(self.layers)}
+        """Layer number to its place on the second axis of the result."""
+        self.top = max(self.layers)
+        self.torch_dtype = _TORCH_DTYPES[spec.dtype]
+        self.style = resident.style if spec.batch_invariant else resident.batched_style
+        self.total_inputs = len(inputs) if inputs is not None else _count_lines(inputs_path)
+        if self.total_inputs == 0:
+            raise errors.InvalidRequest(
+                "there is nothing to extract", errors=[{"pointer": "/inputs", "detail": "at least one input"}]
+            )
+        self.read_inputs = 0
+        self.done_rows = 0
+        self.computed_tokens = 0
+        self.pending = Pending(np.zeros(0, dtype=np.int64))
+        self._reader = InputReader(resident, spec, renderer)
+        self._chunks = _chunks(inputs, inputs_path)
+        self._rows: list[NDArray[np.int32]] = []
+        self._row_lengths: list[int] = []
+        self._scratch_dir = Path(scratch)
+        self._file: ScratchFile | None = None
+
+    # --- tokens ---
+
+    def tokenise_step(self) -> bool:
+        """Tokenise the next inputs; True when all are done and the result file is laid out.
+
+        Raises errors.InvalidInput or errors.InvalidRequest, errors.Unavailable when the disk is full.
+        """
+        chunk = next(self._chunks, None)
+        if chunk is not None:
+            rows = self._reader.read(self.read_inputs, chunk)
+            for index, ids in enumerate(rows, start=self.read_inputs):
+                if len(ids):
+                    self._check_positions(index, len(ids))
+            self.read_inputs += len(chunk)
+            # One array a chunk: lists of millions of numbers would take eight times the memory.
+            self._rows.append(np.concatenate(rows) if rows else np.zeros(0, dtype=np.int32))
+            self._row_lengths += [len(ids) for ids in rows]
+            if self.read_inputs < self.total_inputs:
+                return False
+        self._reader.raise_faults()
+        self._ids = np.concatenate(self._rows)
+        self._rows.clear()
+        self._lengths = np.array(self._row_lengths, dtype=np.int64)
+        self._starts = _running_sums(self._lengths)
+        self._lay_out()
+        self.pending = Pending(self._lengths)
+        return True
+
+    def row_ids(self, row: int) -> NDArray[np.int32]:
+        """Token ids of an input."""
+        return self._ids[self._starts[row] : self._starts[row + 1]]
+
+    def kept_tokens(self, row: int) -> NDArray[np.int64]:
+        """Positions in the input of the tokens that are pooled, or kept with pooling none."""
+        length = int(self._lengths[row])
+        positions, pooling = self.spec.positions, self.spec.pooling
+        if positions is not None and positions.tokens is not None:
+            return np.array([one + length if one < 0 else one for one in positions.tokens], dtype=np.int64)
+        begin, end = _resolve_span(positions.span, length) if positions and positions.span else (0, length)
+        if pooling == "last":
+            begin = end - 1
+        elif pooling == "first":
+            end = begin + 1
+        return np.arange(begin, end, dtype=np.int64)
+
+    def first_target(self, row: int) -> int:
+        """The first row of the result that belongs to an input."""
+        return int(self._offsets[row]) if self.spec.pooling == "none" else row
+
+    def _check_positions(self, index: int, length: int) -> None:
+        positions = self.spec.positions
+        if positions is None:
+            return
+        if positions.tokens is not None:
+            wrong = next((one for one in positions.tokens if not -length <= one < length), None)
+            if wrong is not None:
+                self._reader.fault(index, f"has {length} tokens, so there is no token {wrong} (positions.tokens)")
+            return
+        assert positions.span is not None
+        begin, end = _resolve_span(positions.span, length)
+        if not 0 <= begin < end <= length:
+            asked = f"[{positions.span[0]}, {positions.span[1]})"
+            self._reader.fault(index, f"has {length} tokens, so the span {asked} is empty or beyond them")
+
+    # --- the result ---
+
+    def _lay_out(self) -> None:
+        """Reserve the result file and write all of it but the states."""
+        inputs, hidden = len(self._lengths), self.resident.facts.hidden_size
+        restricted = self.spec.pooling == "none" and self.spec.positions is not None
+        if restricted:
+            kept = [self.kept_tokens(row) for row in range(inputs)]
+            self._offsets = _running_sums(np.array([len(one) for one in kept], dtype=np.int64))
+            token_ids = np.concatenate([self.row_ids(row)[one] for row, one in enumerate(kept)])
+        else:
+            self._offsets, token_ids = self._starts, self._ids
+        rows = int(self._offsets[-1]) if self.spec.pooling == "none" else inputs
+        self._file = ScratchFile(
+            self._scratch_dir / FILE_NAME,
+            {
+                "offsets": ("int64", (inputs + 1,)),
+                "token_ids": ("int64", (len(token_ids),)),
+                "hidden_states": (self.spec.dtype, (rows, len(self.layers), hidden)),
+            },
+            {name: value if isinstance(value, str) else json.dumps(value) for name, value in self.provenance().items()},
+        )
+        self._file.tensor("offsets")[:] = torch.from_numpy(self._offsets)
+        self._file.tensor("token_ids")[:] = torch.from_numpy(token_ids)
+        self.states = self._file.tensor("hidden_states")
+        """(rows, layers, hidden), in the file."""
+
+    def provenance(self) -> dict[str, Any]:
+        """What the numbers depend on."""
+        facts = self.resident.facts
+        return {
+            "model": self.resident.spec.name,
+            "revision": facts.revision,
+            "quantization": facts.quantization,
+            "llm_int8_threshold": facts.llm_int8_threshold,
+            "compute_dtype": facts.compute_dtype,
+            "num_layers": facts.num_layers,
+            "layers": self.layers,
+            "pooling": self.spec.pooling,
+            "positions": self.spec.positions.to_wire() if self.spec.positions else None,
+            "template": self.spec.template,
+            "add_generation_prompt": self.spec.add_generation_prompt,
+            "max_length": self._reader.max_length,
+            "truncation": self.spec.truncation,
+            "dtype": self.spec.dtype,
+            "batch_invariant": self.spec.batch_invariant,
+            "versions": versions(),
+        }
+
+    def finish(self) -> ExtractionResult:
+        """Close the file once every row is written."""
+        assert self._file is not None
+        file = self._file
+        del self.states
+        file.close()
+        return ExtractionResult(
+            path=str(file.path),
+            bytes=file.nbytes,
+            header_bytes=file.header_bytes,
+            tensors={name: place.to_wire() for name, place in file.places.items()},
+            shape=list(file.places["hidden_states"].shape),
+            dtype=self.spec.dtype,
+            layers=self.layers,
+            inputs=len(self._lengths),
+            tokens={
+                "total": int(self._lengths.sum()),
+                "computed": self.computed_tokens,
+                "kept": int(self._offsets[-1]),
+            },
+            provenance=self.provenance(),
+        )
+
+    def discard(self) -> None:
+        """Stop: no more rows, no file."""
+        self.pending.clear()
+        if hasattr(self, "states"):
+            del self.states
+        if self._file is not None:
+            self._file.discard()
+
+
+def _resolve_span(span: tuple[int, int | None], length: int) -> tuple[int, int]:
+    begin, end = span
+    last = length if end is None else end + length if end < 0 else end
+    return (begin + length if begin < 0 else begin), last
+
+
+def _running_sums(lengths: NDArray[np.int64]) -> NDArray[np.int64]:
+    sums = np.zeros(len(lengths) + 1, dtype=np.int64)
+    np.cumsum(lengths, out=sums[1:])
+    return sums
+
+
+def _chunks(inputs: list[Any] | None, inputs_path: str | None) -> Iterator[list[Any]]:
+    """The inputs, some at a time; a file is never held whole."""
+    if inputs is not None:
+        chunk: list[Any] = []
+        size = 0
+        for item in inputs:
+            chunk.append(item)
+            size += len(item) if isinstance(item, str) else 1000
+            if len(chunk) >= _CHUNK_INPUTS or size >= _CHUNK_BYTES:
+                yield chunk
+                chunk, size = [], 0
+        if chunk:
+            yield chunk
+        return
+    assert inputs_path is not None
+    with open(inputs_path, "rb") as file:
+        while lines := _some_lines(file):
+            yield [orjson.loads(line) for line in lines]
+
+
+def _some_lines(file: Any) -> list[bytes]:
+    lines: list[bytes] = []
+    size = 0
+    while len(lines) < _CHUNK_INPUTS and size < _CHUNK_BYTES:
+        line = file.readline()
+        if not line:
+            break
+        if line.strip():
+            lines.append(line)
+            size += len(line)
+    return lines
+
+
+def _count_lines(path: str | None) -> int:
+    if path is None:
+        return 0
+    with open(path, "rb") as file:
+        return sum(1 for line in file if line.strip())

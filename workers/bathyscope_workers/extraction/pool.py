@@ -1,0 +1,83 @@
+"""From a layer's states to the rows of the result.
+
+One `BatchPart` is one extraction's share of a batch. For each layer it was asked for it picks the tokens that
+count, reduces them on the device (means are taken in float32), and writes them to their place: straight into
+the mapped file on CPU, in one copy a batch from a GPU.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from bathyscope_workers.extraction.extraction import Extraction
+
+_HELD_BYTES = 64 * 2**20
+"""Pooled states kept on a GPU before they are copied; above it each layer is copied at once."""
+
+
+class BatchPart:
+    """Rows of one extraction at places `first_place`, `first_place + 1`, … of a batch `seq` tokens wide."""
+
+    def __init__(self, extraction: Extraction, rows: list[int], first_place: int, seq: int) -> None:
+        self.extraction = extraction
+        self.rows = rows
+        self._pooling = extraction.spec.pooling
+        tokens: list[NDArray[np.int64]] = []
+        targets: list[NDArray[np.int64]] = []
+        for place, row in enumerate(rows, start=first_place):
+            kept = extraction.kept_tokens(row)
+            tokens.append(kept + place * seq)
+            first = extraction.first_target(row)
+            width = len(kept) if self._pooling == "none" else 1
+            targets.append(np.arange(first, first + width, dtype=np.int64))
+        self._lengths = [len(one) for one in tokens]
+        self._index = torch.from_numpy(np.concatenate(tokens))  # into (batch * seq)
+        self._targets = torch.from_numpy(np.concatenate(targets))  # into the result's first axis
+        self._held: dict[int, torch.Tensor] = {}
+        self._held_bytes = 0
+
+    def consume(self, layer: int, states: torch.Tensor) -> None:
+        """Take what is wanted of a layer's states (batch, seq, hidden)."""
+        slot = self.extraction.slots.get(layer)
+        if slot is None:
+            return
+        flat = states.reshape(-1, states.shape[-1])
+        if self._index.device != flat.device:
+            self._index = self._index.to(flat.device)
+        pooled = self._reduce(flat.index_select(0, self._index)).to(self.extraction.torch_dtype)
+        if pooled.device.type == "cpu":
+            self.extraction.states[self._targets, slot] = pooled
+            return
+        self._held[slot] = pooled
+        self._held_bytes += pooled.nbytes
+        if self._held_bytes > _HELD_BYTES:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what is still held on a GPU."""
+        if self._held:
+            slots = list(self._held)
+            device = self._held[slots[0]].device
+            stacked = torch.stack([self._held[slot].to(device) for slot in slots], dim=1).cpu()
+            for place, slot in enumerate(slots):
+                self.extraction.states[self._targets, slot] = stacked[:, place]
+        self._held.clear()
+        self._held_bytes = 0
+
+    def _reduce(self, picked: torch.Tensor) -> torch.Tensor:
+        """(tokens of all rows, hidden) to (rows, hidden); pooling none, last and first are picked already."""
+        if self._pooling not in ("mean", "max"):
+            return picked
+        if self._pooling == "mean":
+            picked = picked.float()
+        if picked.device.type == "cpu":
+            parts = torch.split(picked, self._lengths)
+            reduced = [part.mean(0) if self._pooling == "mean" else part.amax(0) for part in parts]
+            return torch.stack(reduced)
+        lengths = torch.tensor(self._lengths, device=picked.device)
+        return torch.segment_reduce(picked, self._pooling, lengths=lengths, axis=0)

@@ -1,0 +1,17 @@
+"""What a worker does for each kind of job: the supervisor's side of it, one module a kind."""
+
+from bathyscope_workers.jobs._base import JobKind, JobWork
+from bathyscope_workers.jobs.extraction import ExtractionJob
+from bathyscope_workers.jobs.model import ModelJob
+from bathyscope_workers.jobs.prediction import PredictionJob
+from bathyscope_workers.jobs.probe import ProbeJob
+
+KINDS: dict[str, JobKind] = {
+    "extraction": ExtractionJob(),
+    "model": ModelJob(),
+    "prediction": PredictionJob(),
+    "probe": ProbeJob(),
+}
+"""By the job's kind."""
+
+__all__ = ["KINDS", "JobKind", "JobWork", "ModelJob"]

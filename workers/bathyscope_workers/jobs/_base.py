@@ -1,0 +1,128 @@
+"""What the kinds of jobs share."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import orjson
+
+from bathyscope.errors import Expired, InternalError
+from bathyscope_backplane.artifacts import Blob, Resource
+from bathyscope_backplane.broker import Lease
+from bathyscope_backplane.plane import Backplane
+from bathyscope_workers.models.spec import ModelSpec
+
+_DAY_MS = 86_400_000
+
+
+@dataclass(slots=True)
+class JobWork:
+    """One attempt, as the module of its kind sees it."""
+
+    plane: Backplane
+    lease: Lease
+    payload: dict[str, Any]
+    """`spec`, and `rows` or `rows_key`."""
+
+    scratch: Path
+    """A folder for this attempt alone."""
+
+    resident: ModelSpec | None
+    """The base model of the job's lane, null on a lane without one."""
+
+    timings: dict[str, float] = field(default_factory=dict)
+    """The engine's, once it is done."""
+
+    @property
+    def spec(self) -> dict[str, Any]:
+        """What was asked for, apart from the rows."""
+        spec: dict[str, Any] = self.payload["spec"]
+        return spec
+
+    async def rows_path(self) -> str | None:
+        """The rows as a JSON-lines file, when they were too many for the payload."""
+        key = self.payload.get("rows_key")
+        if key is None:
+            return None
+        path = self.scratch / "rows.jsonl"
+        await self.plane.store.download(key, path)
+        return str(path)
+
+    async def rows(self) -> list[Any]:
+        """The rows themselves: labels and the like, not texts by the hundred thousand."""
+        key = self.payload.get("rows_key")
+        if key is None:
+            found: list[Any] = self.payload.get("rows") or []
+            return found
+        data = await self.plane.store.get(key)
+        if data is None:
+            raise InternalError("The request's rows are gone from the store.")
+        return [orjson.loads(line) for line in data.splitlines()]
+
+    async def blob_path(self, resource: Resource, role: str) -> str:
+        """A resource's blob as a file of this machine, for reading only."""
+        blob = resource.blobs[role]
+        path = self.plane.store.local_path(blob.key)
+        if path is None:
+            path = self.scratch / role
+            await self.plane.store.download(blob.key, path)
+        return str(path)
+
+    async def needed(self, resource_id: str) -> Resource:
+        """A resource that the job reads. Raises `Expired` when it has gone meanwhile."""
+        resource = await self.plane.catalogue.get(resource_id)
+        if resource is None:
+            resource = await self.plane.catalogue.committed(resource_id)
+        if resource is None:
+            raise Expired(f"{resource_id}, which this job reads, has expired or was deleted.")
+        return resource
+
+    async def keep(self, path: Path, suffix: str) -> Blob:
+        """Upload a result file under a key that no other attempt uses."""
+        return await self.plane.store.put_file(f"blobs/{self.lease.resource_id}/{self.lease.ref.token}{suffix}", path)
+
+    def resource(self, body: dict[str, Any], **rest: Any) -> Resource:
+        """The resource that the job made."""
+        assert self.lease.resource_id is not None
+        now = int(time.time() * 1000)
+        expires = now + int(self.plane.settings.jobs.result_days * _DAY_MS)
+        kind = self.lease.kind
+        return Resource(
+            id=self.lease.resource_id,
+            kind=kind,
+            owner=self.lease.owner,
+            job=self.lease.job_id,
+            created_ms=now,
+            expires_ms=expires,
+            body={
+                "id": self.lease.resource_id,
+                "job": self.lease.job_id,
+                **body,
+                "created_at": _rfc3339(now),
+                "expires_at": _rfc3339(expires),
+            },
+            **rest,
+        )
+
+
+def _rfc3339(milliseconds: int) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(milliseconds // 1000)) + f".{milliseconds % 1000:03d}Z"
+
+
+class JobKind(Protocol):
+    """What a worker does for one kind of job."""
+
+    def path(self, resource_id: str | None) -> str | None:
+        """Where the result is found over HTTP."""
+        ...
+
+    async def commands(self, work: JobWork) -> list[Any]:
+        """What to send to the engine. Raises problems for what cannot be done."""
+        ...
+
+    async def conclude(self, work: JobWork, event: dict[str, Any]) -> Resource | None:
+        """Make the resource of the engine's `done` event: its blobs are uploaded, it is not committed."""
+        ...

@@ -1,0 +1,114 @@
+"""Extractions: hidden states from the engine's scratch file to the store."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from bathyscope.errors import ModelUnknown
+from bathyscope_backplane.artifacts import Resource
+from bathyscope_workers.engine.protocol import RunJob
+from bathyscope_workers.jobs._base import JobWork
+
+_SAFETENSORS_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "int64": "I64"}
+
+
+async def run_command(work: JobWork, **extra: Any) -> dict[str, Any]:
+    """The `run` command of a job that extracts."""
+    if work.resident is None:
+        raise ModelUnknown("This worker's list of models lacks the job's model; give all workers the same list.")
+    path = await work.rows_path()
+    job = RunJob(
+        id=work.lease.job_id,
+        kind=work.lease.kind,
+        lane=work.lease.lane,
+        owner=work.lease.owner,
+        priority=work.lease.priority,
+        resident=work.resident.to_wire(),
+        spec=work.spec,
+        inputs=work.payload.get("rows") if path is None else None,
+        inputs_path=path,
+        scratch=str(work.scratch),
+        solo=work.lease.solo,
+        extra={"max_result_bytes": work.plane.settings.limits.max_result_bytes, **extra},
+    )
+    return {"op": "run", "job": job.to_wire()}
+
+
+def identity_of(provenance: dict[str, Any]) -> dict[str, Any]:
+    """The wire `Identity` of an extraction's provenance."""
+    quantization = provenance["quantization"]
+    settings = {"llm_int8_threshold": provenance["llm_int8_threshold"]} if quantization == "8bit" else {}
+    return {
+        "model": provenance["model"],
+        "revision": provenance["revision"],
+        "quantization": quantization,
+        "quantization_settings": settings,
+        "adapter": None,
+        "compute_dtype": provenance["compute_dtype"],
+        "template": provenance["template"],
+        "add_generation_prompt": provenance["add_generation_prompt"],
+        "pooling": provenance["pooling"],
+        "positions": provenance["positions"],
+    }
+
+
+class ExtractionJob:
+    """`POST /v1/extractions`."""
+
+    def path(self, resource_id: str | None) -> str | None:
+        """Where the extraction is found."""
+        return f"/v1/extractions/{resource_id}"
+
+    async def commands(self, work: JobWork) -> list[Any]:
+        """Run it in the engine."""
+        return [await run_command(work)]
+
+    async def conclude(self, work: JobWork, event: dict[str, Any]) -> Resource:
+        """Upload the states and describe them."""
+        result = event["result"]
+        path = Path(result["path"])
+        blob = await work.keep(path, ".safetensors")
+        provenance = result["provenance"]
+        link = self.path(work.lease.resource_id)
+        body = {
+            "model": provenance["model"],
+            "adapter": None,
+            "adapter_digest": None,
+            "identity": identity_of(provenance),
+            "layers": result["layers"],
+            "num_layers": provenance["num_layers"],
+            "pooling": provenance["pooling"],
+            "shape": result["shape"],
+            "dtype": result["dtype"],
+            "inputs": result["inputs"],
+            "bytes": blob.bytes,
+            "sha256": blob.sha256,
+            "tokens": result["tokens"],
+            "cache_hits": 0,
+            "versions": provenance["versions"],
+            "metadata": work.spec.get("metadata"),
+            "links": {"self": link, "hidden_states": f"{link}/hidden_states", "job": f"/v1/jobs/{work.lease.job_id}"},
+        }
+        layout = {
+            name: {
+                "dtype": _SAFETENSORS_DTYPES[place["dtype"]],
+                "shape": place["shape"],
+                "start": place["offset"],
+                "end": place["offset"] + place["bytes"],
+            }
+            for name, place in result["tensors"].items()
+        }
+        options = {
+            name: work.spec[name]
+            for name in ("max_length", "truncation", "batch_invariant")
+            if work.spec.get(name) is not None
+        }
+        return work.resource(
+            body, blobs={"states": blob}, private={"layout": layout, "options": options, "metadata": _texts(provenance)}
+        )
+
+
+def _texts(provenance: dict[str, Any]) -> dict[str, str]:
+    return {name: value if isinstance(value, str) else json.dumps(value) for name, value in provenance.items()}

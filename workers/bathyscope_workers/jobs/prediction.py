@@ -1,0 +1,62 @@
+"""Predictions: a probe on new inputs, in the model engine, or on states that exist, in the CPU engine."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from bathyscope_backplane.artifacts import Resource
+from bathyscope_workers.engine.protocol import RunJob
+from bathyscope_workers.jobs._base import JobWork
+from bathyscope_workers.jobs.extraction import identity_of, run_command
+
+
+class PredictionJob:
+    """`POST /v1/probes/{id}/predict`."""
+
+    def path(self, resource_id: str | None) -> str | None:
+        """Where the prediction is found."""
+        return f"/v1/predictions/{resource_id}"
+
+    async def commands(self, work: JobWork) -> list[Any]:
+        """Extract one layer and read it, or read stored states."""
+        probe = await work.needed(work.spec["probe"])
+        weights_path = await work.blob_path(probe, "weights")
+        if work.resident is not None:
+            return [await run_command(work, weights_path=weights_path)]
+        extraction = await work.needed(work.spec["extraction"])
+        job = RunJob(
+            id=work.lease.job_id,
+            kind="prediction",
+            lane=work.lease.lane,
+            owner=work.lease.owner,
+            priority=work.lease.priority,
+            spec={
+                "states_path": await work.blob_path(extraction, "states"),
+                "layout": extraction.private["layout"],
+                "held_layers": extraction.body["layers"],
+                "weights_path": weights_path,
+            },
+            scratch=str(work.scratch),
+            solo=work.lease.solo,
+        )
+        return [{"op": "run", "job": job.to_wire()}]
+
+    async def conclude(self, work: JobWork, event: dict[str, Any]) -> Resource:
+        """Describe the probabilities."""
+        result = event["result"]
+        found = orjson.loads(await asyncio.to_thread(Path(result["prediction_path"]).read_bytes))
+        if "provenance" in result:
+            identity = identity_of(result["provenance"])
+        else:
+            identity = (await work.needed(work.spec["extraction"])).body["identity"]
+        body = {
+            "probe": work.spec["probe"],
+            **found,
+            "identity": identity,
+            "transfer": work.spec.get("transfer", False),
+        }
+        return work.resource(body)

@@ -1,0 +1,88 @@
+"""Training a probe: the extraction's states to the CPU engine, its report and weights to the store."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from bathyscope_backplane.artifacts import Resource
+from bathyscope_workers.engine.protocol import RunJob
+from bathyscope_workers.jobs._base import JobWork
+
+_CONFIG = (
+    "task",
+    "estimator",
+    "C",
+    "standardize",
+    "folds",
+    "calibration",
+    "bootstrap",
+    "baselines",
+    "target_fpr",
+    "seed",
+)
+
+
+class ProbeJob:
+    """`POST /v1/probes`."""
+
+    def path(self, resource_id: str | None) -> str | None:
+        """Where the probe is found."""
+        return f"/v1/probes/{resource_id}"
+
+    async def commands(self, work: JobWork) -> list[Any]:
+        """Sweep in the CPU engine."""
+        extraction = await work.needed(work.spec["extraction"])
+        rows_path = work.scratch / "rows.json"
+        await asyncio.to_thread(rows_path.write_bytes, orjson.dumps(await work.rows()))
+        job = RunJob(
+            id=work.lease.job_id,
+            kind="probe",
+            lane=work.lease.lane,
+            owner=work.lease.owner,
+            priority=work.lease.priority,
+            spec={
+                "states_path": await work.blob_path(extraction, "states"),
+                "layout": extraction.private["layout"],
+                "held_layers": extraction.body["layers"],
+                "num_layers": extraction.body["num_layers"],
+                "layers": work.spec["layers"],
+                "identity": extraction.body["identity"],
+                "rows_path": str(rows_path),
+                "config": {name: work.spec[name] for name in _CONFIG},
+            },
+            scratch=str(work.scratch),
+            solo=work.lease.solo,
+        )
+        return [{"op": "run", "job": job.to_wire()}]
+
+    async def conclude(self, work: JobWork, event: dict[str, Any]) -> Resource:
+        """Upload the weights and describe the probe."""
+        result = event["result"]
+        report = orjson.loads(await asyncio.to_thread(Path(result["report_path"]).read_bytes))
+        extraction = await work.needed(work.spec["extraction"])
+        weights = await work.keep(Path(result["weights_path"]), ".safetensors")
+        link = self.path(work.lease.resource_id)
+        body = {
+            "name": work.spec.get("name"),
+            "extraction": extraction.id,
+            "estimator": report["estimator"],
+            "task": report["task"],
+            "classes": report["classes"],
+            "layer": report["best_layer"],
+            "identity": extraction.body["identity"],
+            "report": {"selectivity": None, **report},
+            "metadata": work.spec.get("metadata"),
+            "links": {
+                "self": link,
+                "weights": f"{link}/weights",
+                "predict": f"{link}/predict",
+                "extraction": f"/v1/extractions/{extraction.id}",
+                "job": f"/v1/jobs/{work.lease.job_id}",
+            },
+        }
+        private = {"hidden_size": extraction.body["shape"][-1], "options": extraction.private.get("options", {})}
+        return work.resource(body, blobs={"weights": weights}, private=private)
