@@ -42,7 +42,9 @@ async def open_backplane(settings: Settings) -> AsyncIterator[Backplane]:
     running, since other processes may use it: `bathyscope up` stops it.
     """
     settings.data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
-    url = settings.redis_url or await asyncio.to_thread(EmbeddedServer(settings.data_dir).start)
+    url = settings.redis_url
+    if url is None:
+        url = await asyncio.to_thread(EmbeddedServer(settings.data_dir).start)
     redis = connect(url)
     try:
         store = ArtifactStore(settings.artifacts_url, settings.store_options)

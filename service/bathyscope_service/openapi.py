@@ -56,11 +56,11 @@ def document(app: FastAPI) -> dict[str, Any]:
 def _complete(path: str, method: str, operation: dict[str, Any]) -> None:
     if path.startswith("/v1/") or path == "/metrics":
         operation["security"] = [{"key": []}, {}]
-    generated = operation["responses"].get("422", {}).get("content", {}).get("application/json", {})
-    if "HTTPValidationError" in str(generated):  # ours is a problem document, or there is none
-        del operation["responses"]["422"]["content"]["application/json"]
-        if not operation["responses"]["422"]["content"]:
-            del operation["responses"]["422"]
+        for status, response in list(operation["responses"].items()):
+            if status >= "400":  # the framework adds its own form of errors; ours are problem documents
+                response["content"].pop("application/json", None)
+                if not response["content"]:
+                    del operation["responses"][status]
     parameters = operation.setdefault("parameters", [])
     if "requestBody" in operation:
         parameters += [_PREFER, _IDEMPOTENCY_KEY]

@@ -39,6 +39,14 @@ def own_server(binary: Path, tmp_path: Path) -> Iterator[EmbeddedServer]:
 
 
 @pytest.fixture
+async def own_client(own_server: EmbeddedServer) -> AsyncIterator[Redis]:
+    client = connect(own_server.url)
+    assert isinstance(client, Redis)
+    yield client
+    await client.aclose()
+
+
+@pytest.fixture
 async def redis(server: EmbeddedServer) -> AsyncIterator[Redis]:
     client = connect(server.url)
     assert isinstance(client, Redis)

@@ -38,7 +38,7 @@ _OUT_OF_REACH = (
     # redis-py raises these when a connection is torn down under a reader.
     asyncio.IncompleteReadError,
 )
-_STATES_OF_THE_SERVER = ("OOM", "MISCONF", "LOADING", "BUSY", "NOREPLICAS", "MASTERDOWN", "UNKILLABLE", "-OOM")
+_STATES_OF_THE_SERVER = ("MISCONF", "LOADING", "BUSY", "NOREPLICAS", "MASTERDOWN")
 
 
 async def answer(awaitable: Awaitable[T], within_s: float) -> T:
@@ -60,7 +60,7 @@ async def answer(awaitable: Awaitable[T], within_s: float) -> T:
 
 
 def _unavailable(error: BaseException) -> Unavailable:
-    what = type(error).__name__ if isinstance(error, OSError | asyncio.IncompleteReadError) else str(error)
-    # Addresses and passwords of the backplane are no business of a client: only the kind of fault is told.
-    word = "does not accept writes now" if what.startswith(("OOM", "MISCONF", "READONLY")) else "is out of reach"
+    refuses = isinstance(error, OutOfMemoryError | ReadOnlyError) or str(error).startswith(("MISCONF", "NOREPLICAS"))
+    # Addresses of the backplane are no business of a client: only the kind of fault is told.
+    word = "does not accept writes now" if refuses else "is out of reach"
     return Unavailable(f"The queue {word}; try again in a moment.", retry_after=RETRY_AFTER_S)

@@ -46,6 +46,7 @@ def connect(
         "socket_timeout": timeout_s,
         "socket_connect_timeout": timeout_s,
         "retry": Retry(FullJitterBackoff(base=0.05, cap=1.0), retries),
+        **_without_maintenance(),
         **(options or {}),
     }
     scheme, plus, kind = urlsplit(url).scheme.partition("+")
@@ -66,6 +67,18 @@ def connect(
             f" ({error})."
         ) from error
     return Redis.from_pool(pool)
+
+
+def _without_maintenance() -> dict[str, Any]:
+    """Maintenance notices of Redis Enterprise off: with them, redis-py 8 sends one command more at each connect and
+    does not check any more whether a pooled connection still holds an unread reply.
+    """
+    try:
+        import redis.asyncio.maint_notifications  # noqa: F401
+        from redis.maint_notifications import MaintNotificationsConfig
+    except ImportError:  # redis-py before 8
+        return {}
+    return {"maint_notifications_config": MaintNotificationsConfig(enabled=False)}
 
 
 def _sentinel(url: str, common: dict[str, Any], max_connections: int) -> Redis:

@@ -110,8 +110,14 @@ async def test_a_child_of_parents_that_succeeded_is_ready_at_once(broker, new_jo
 
 @pytest.mark.parametrize(
     ("how", "when"),
-    [("failed", "before"), ("failed", "after"), ("cancelled", "before"), ("cancelled", "after"), ("missing", "after")]
-    + [("expired", "after")],
+    [
+        ("failed", "before"),
+        ("failed", "after"),
+        ("cancelled", "before"),
+        ("cancelled", "after"),
+        ("expired", "after"),
+        ("missing", "after"),
+    ],
 )
 async def test_a_parents_failure_fails_its_children_with_the_cause(make_broker, new_job, how, when):
     """Whether they were submitted before or after their parent ended."""
@@ -165,11 +171,11 @@ async def test_a_retried_parent_keeps_its_children_waiting(broker, new_job):
 
 async def test_a_long_chain_falls_in_one_piece(broker, new_job):
     chain = [new_job()]
-    for _ in range(2_000):
+    for _ in range(1_000):
         chain.append(new_job(parents=(chain[-1].id,)))
     await submit(broker, *chain)
     assert await broker.cancel(chain[0].id) == "cancelled"
-    assert (await broker.stats()).jobs == {"cancelled": 1, "failed": 2_000}
+    assert (await broker.stats()).jobs == {"cancelled": 1, "failed": 1_000}
 
 
 async def test_cancelling_a_child_leaves_its_parents_alone(broker, new_job):

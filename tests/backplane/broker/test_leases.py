@@ -197,9 +197,7 @@ async def test_a_poison_job_fails_and_its_batch_mates_never_do(broker, new_job, 
                 assert await broker.finish(lease.ref, resource=None, timings={})
         elif how == "death":
             for lease in leases:
-                assert await broker.release(
-                    lease.ref, reason="engine_died_alone" if alone else "engine_died_together"
-                )
+                assert await broker.release(lease.ref, reason="engine_died_alone" if alone else "engine_died_together")
         else:
             broker.clock_skew_ms += LEASE_MS + 1
             assert sorted((await broker.reap()).lapsed) == sorted(lease.job_id for lease in leases)

@@ -25,6 +25,11 @@ _START_SECONDS = 60.0
 class TemplateFault(Exception):
     """Why a conversation could not be rendered, as a sentence for whoever sent it."""
 
+    def __init__(self, reason: str, *, bounds: bool = False) -> None:
+        super().__init__(reason)
+        self.bounds = bounds
+        """It took too long or ended its process: the next conversation would most likely do the same."""
+
 
 class ChatRenderer:
     """Renders conversations, one at a time. `close()` ends the child."""
@@ -85,10 +90,12 @@ class ChatRenderer:
                 # The child died between two renderings, or of this one: once more, in a fresh one.
                 self.close()
                 if attempt == 2:
-                    raise TemplateFault("the chat template ended the process it is rendered in") from None
+                    raise TemplateFault("the chat template ended the process it is rendered in", bounds=True) from None
             except TimeoutError:
                 self.close()
-                raise TemplateFault(f"the chat template did not finish within {self.seconds:g} seconds") from None
+                raise TemplateFault(
+                    f"the chat template did not finish within {self.seconds:g} seconds", bounds=True
+                ) from None
         if "error" in answer:
             raise TemplateFault(str(answer["error"]))
         return str(answer["text"])

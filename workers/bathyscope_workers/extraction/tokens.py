@@ -130,9 +130,9 @@ class InputReader:
     def raise_faults(self) -> None:
         """Raise errors.InvalidInput when there were faulty inputs."""
         if self.faults:
-            count = len(self.faults)
-            what = "an input cannot be used" if count == 1 else f"{min(count, MAX_FAULTS)} inputs cannot be used"
-            raise errors.InvalidInput(what, errors=self.faults[:MAX_FAULTS])
+            faults = sorted(self.faults, key=lambda fault: int(fault["pointer"].rpartition("/")[2]))[:MAX_FAULTS]
+            what = "an input cannot be used" if len(faults) == 1 else f"{len(faults)} inputs cannot be used"
+            raise errors.InvalidInput(what, errors=faults)
 
     def fault(self, index: int, detail: str) -> None:
         """Note what is wrong with an input."""
@@ -164,8 +164,8 @@ class InputReader:
             )
         except TemplateFault as fault:
             self.fault(index, str(fault))
-            # A template that misses its bounds would miss them for every input.
-            self.raise_faults()
+            if fault.bounds:
+                self.raise_faults()
         return _Prepared(index, text=text, special=False)
 
     def _given_ids(self, index: int, given: list[Any]) -> Ids | None:

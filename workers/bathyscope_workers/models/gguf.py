@@ -44,7 +44,7 @@ def convert(path: Path, digest: str, *, name: str, data_dir: Path) -> Path:
             shutil.rmtree(stale, ignore_errors=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.tmp-", dir=models))
         try:
-            _write(path, temporary)
+            write_folder(path, temporary)
             temporary.chmod(0o755)
             temporary.rename(folder)
         finally:
@@ -52,7 +52,8 @@ def convert(path: Path, digest: str, *, name: str, data_dir: Path) -> Path:
     return folder
 
 
-def _write(path: Path, folder: Path) -> None:
+def write_folder(path: Path, folder: Path) -> None:
+    """Read a GGUF file and write model and tokenizer in HuggingFace format, dequantized."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)

@@ -152,9 +152,11 @@ def compare(states: States, expected: States) -> Comparison:
     """Per layer over the tokens of all texts: smallest cosine, largest relative error."""
     got = torch.cat(states).float()  # (tokens, layers, hidden)
     want = torch.cat(expected).float().to(got.device)
-    norm = want.norm(dim=-1).clamp_min(1e-30)
-    error = ((got - want).norm(dim=-1) / norm).nan_to_num(torch.inf)  # (tokens, layers)
+    difference, norm = (got - want).norm(dim=-1), want.norm(dim=-1)  # (tokens, layers)
+    error = (difference / norm.clamp_min(1e-30)).nan_to_num(torch.inf)
     cosine = torch.nn.functional.cosine_similarity(got, want, dim=-1).nan_to_num(-1.0)
+    # The embedding of a padding token is all zeros: equal, though it has no direction.
+    cosine = torch.where((difference == 0) & (norm == 0), 1.0, cosine)
     return Comparison(
         cosine=[round(value, 9) for value in cosine.amin(0).tolist()],
         relative_error=error.amax(0).tolist(),

@@ -4,7 +4,7 @@ The file is safetensors: `weights` (1 or classes, hidden), `intercept` (1 or cla
 all float64 and in the space of raw states, so that probabilities are the logistic function (softmax) of
 `states @ weights.T + intercept`; `mean` and `scale` record the standardisation it was trained with. Everything else
 stands in `__metadata__` as strings. Layout and order are fixed, so that equal probes are equal bytes. Reading and
-predicting need numpy alone.
+predicting need numpy and nothing else of the worker's libraries.
 
 Predictions do not depend on what else is predicted: each row's score is summed on its own, in one order, where a
 matrix product would choose its order by the shape of the whole batch.
@@ -19,6 +19,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from bathyscope.errors import FieldError, InvalidRequest
 
 Floats = NDArray[np.float64]
 
@@ -79,7 +81,10 @@ class FittedProbe:
     def decision_function(self, states: NDArray[Any]) -> Floats:
         """Log-odds of the positive class (rows,), or a score a class (rows, classes), for states (rows, hidden)."""
         if states.ndim != 2 or states.shape[1] != self.hidden_size:
-            raise ValueError(f"states of shape {states.shape} do not fit a probe of {self.hidden_size} features")
+            raise InvalidRequest(
+                f"The probe reads states of width {self.hidden_size}; these are of shape {states.shape}.",
+                errors=[FieldError(pointer="/extraction", detail=f"give states of width {self.hidden_size}")],
+            )
         scores = np.empty((len(states), len(self.weights)))
         step = max(1, _CHUNK_BYTES // (8 * self.hidden_size))
         for start in range(0, len(states), step):
@@ -92,7 +97,8 @@ class FittedProbe:
     def predict(self, states: NDArray[Any]) -> Floats:
         """Probabilities (rows, classes) for states (rows, hidden) of this probe's layer, any float dtype.
 
-        A row's bits are the same alone and among others. Raises ValueError for another hidden size.
+        A row's bits are the same alone and among others. Raises `InvalidRequest` pointing at `/extraction` for
+        another hidden size.
         """
         scores = self.decision_function(states)
         if scores.ndim == 1:

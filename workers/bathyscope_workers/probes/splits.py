@@ -21,8 +21,7 @@ from numpy.typing import NDArray
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from bathyscope.errors import FieldError, InvalidRequest
-from bathyscope_workers.probes.targets import Targets, encode_groups, first_seen_codes
+from bathyscope_workers.probes.targets import Targets, encode_groups, first_seen_codes, refused
 
 _ORDERS = 32
 """Random orders tried before folds are said to be impossible."""
@@ -105,7 +104,7 @@ def make_folds(
     if split is not None:
         return _given(targets, group_codes, clusters, split, seed, tuple(notes))
     if not 2 <= folds <= rows:
-        raise _refused("/folds", f"folds is between 2 and the number of rows ({rows}); it is {folds}")
+        raise refused("/folds", f"folds is between 2 and the number of rows ({rows}); it is {folds}")
     pointer = "/labels" if groups is None else "/groups"
     _check_possible(targets, clusters, folds, pointer)
     for attempt in range(_ORDERS):
@@ -114,7 +113,7 @@ def make_folds(
         if _class_counts(targets, assignment, folds).min() > 0:
             break
     else:
-        raise _refused(
+        raise refused(
             pointer,
             f"no way was found to give each of {folds} folds rows of every class; ask for fewer folds, or give "
             "more and smaller groups",
@@ -139,7 +138,7 @@ def inner_folds(targets: Targets, outer: Folds, train: NDArray[np.int64], fold: 
             assignment = _deal(codes, clusters, len(targets.classes), count, rng)
             if _class_counts(part, assignment, count).min() > 0:
                 return Folds("grouped", assignment, clusters, count, outer.seed)
-    raise _refused(
+    raise refused(
         "/folds",
         "the training rows of a fold cannot be split again, which is how a layer and a penalty are chosen without "
         "the held-out rows: give more rows or groups of the rarest class, or ask for one layer and one C",
@@ -169,7 +168,7 @@ def _tie(
     labelled = {(int(a), int(b)) for a, b in zip(inputs, targets.codes, strict=True)}
     conflicts = len(labelled) - n_inputs
     if conflicts:
-        notes.append(f"{conflicts} inputs occur with more than one label.")
+        notes.append(f"Inputs that occur with more than one label: {conflicts}.")
     return first_seen_codes(component[groups].tolist()), notes
 
 
@@ -183,19 +182,19 @@ def _given(
 ) -> Folds:
     rows = len(targets.codes)
     if len(split) != rows:
-        raise _refused("/split", f"give one entry a row: there are {len(split)} for {rows} rows")
+        raise refused("/split", f"give one entry a row: there are {len(split)} for {rows} rows")
     for row, name in enumerate(split):
         number = isinstance(name, int | np.integer) and not isinstance(name, bool)
         if not number and name not in ("train", "test"):
-            raise _refused(f"/split/{row}", "an entry is train, test or the number of a fold")
+            raise refused(f"/split/{row}", "an entry is train, test or the number of a fold")
     names = sorted({name for name in split if name != "train"}, key=lambda name: (str(type(name)), name))
     if not names or (len(names) == 1 and "train" not in split):
-        raise _refused("/split", "the split leaves no rows to train on or none to test on")
+        raise refused("/split", "the split leaves no rows to train on or none to test on")
     index: dict[Any, int] = {name: fold for fold, name in enumerate(names)} | {"train": -1}
     assignment = np.array([index[name] for name in split], dtype=np.int64)
     torn = _torn(groups, assignment)
     if len(torn):
-        raise _refused(
+        raise refused(
             f"/split/{torn[0]}", f"{len(torn)} rows have rows of their own group on the other side of the split"
         )
     for fold, name in enumerate(names):
@@ -203,7 +202,7 @@ def _given(
             present = np.bincount(targets.codes[mask], minlength=len(targets.classes))
             if present.min() == 0:
                 missing = targets.classes[int(present.argmin())]
-                raise _refused("/split", f"the {side} rows of {name!r} have no row of class {missing!r}")
+                raise refused("/split", f"the {side} rows of {name!r} have no row of class {missing!r}")
     torn = _torn(clusters, assignment)
     if len(torn):
         notes += (
@@ -226,14 +225,14 @@ def _check_possible(targets: Targets, clusters: NDArray[np.int64], folds: int, p
     total = int(clusters.max()) + 1
     if total < folds:
         what = "groups" if pointer == "/groups" else "different inputs"
-        raise _refused(pointer, f"there are {total} {what} for {folds} folds; ask for at most {total} folds")
+        raise refused(pointer, f"there are {total} {what} for {folds} folds; ask for at most {total} folds")
     for code, label in enumerate(targets.classes):
         members = targets.codes == code
         held = len(np.unique(clusters[members]))
         if held < folds:
             units = "groups" if pointer == "/groups" else "different inputs"
             fewer = f", or ask for at most {held} folds" if held > 1 else ""
-            raise _refused(
+            raise refused(
                 pointer,
                 f"class {label!r} has {int(members.sum())} rows in {held} {units}, so one of {folds} folds would have "
                 f"none of it; give more of that class{fewer}",
@@ -269,7 +268,3 @@ def _class_counts(targets: Targets, assignment: NDArray[np.int64], folds: int) -
     counts = np.zeros((folds, len(targets.classes)), dtype=np.int64)
     np.add.at(counts, (assignment, targets.codes), 1)
     return counts
-
-
-def _refused(pointer: str, detail: str) -> InvalidRequest:
-    return InvalidRequest(detail[0].upper() + detail[1:] + ".", errors=[FieldError(pointer=pointer, detail=detail)])

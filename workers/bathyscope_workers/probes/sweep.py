@@ -36,7 +36,7 @@ from bathyscope_workers.probes.model import FittedProbe
 from bathyscope_workers.probes.report import Report, Scores, protocol_text, warnings_for
 from bathyscope_workers.probes.resampling import Resamples
 from bathyscope_workers.probes.splits import Folds, inner_folds, make_folds
-from bathyscope_workers.probes.targets import encode_labels
+from bathyscope_workers.probes.targets import Targets, encode_labels
 
 ProgressCallback = Callable[[str, int, int, str], None]
 """Called with (stage, done, total, unit), always from the thread that called `sweep`."""

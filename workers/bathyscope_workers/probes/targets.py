@@ -55,10 +55,10 @@ def encode_labels(labels: Sequence[Any], rows: int, *, task: str = "auto") -> Ta
     if task == "regression":
         raise NotBuilt("Regression probes are not offered by this version: give labels that are classes.")
     if task not in ("auto", "binary", "multiclass"):
-        raise _refused("/task", f"task is one of auto, binary, multiclass, regression; it is {task!r}")
+        raise refused("/task", f"task is one of auto, binary, multiclass, regression; it is {task!r}")
     values = [_plain(label) for label in labels]
     if len(values) != rows:
-        raise _refused("/labels", f"give one label a row: there are {len(values)} labels for {rows} rows")
+        raise refused("/labels", f"give one label a row: there are {len(values)} labels for {rows} rows")
     faults = [
         FieldError(pointer=f"/labels/{row}", detail=fault)
         for row, value in enumerate(values)
@@ -71,9 +71,9 @@ def encode_labels(labels: Sequence[Any], rows: int, *, task: str = "auto") -> Ta
         )
     kinds = {_kind(value) for value in values}
     if len(kinds) > 1:
-        raise _refused("/labels", f"labels are of one kind; these mix {' and '.join(sorted(kinds))}")
+        raise refused("/labels", f"labels are of one kind; these mix {' and '.join(sorted(kinds))}")
     if kinds == {"numbers"}:
-        if any(not float(value).is_integer() for value in values):
+        if any(isinstance(value, float) and not value.is_integer() for value in values):
             raise NotBuilt(
                 "Labels that are not whole numbers mean regression, which this version does not offer: give "
                 "booleans, whole numbers or strings.",
@@ -82,11 +82,12 @@ def encode_labels(labels: Sequence[Any], rows: int, *, task: str = "auto") -> Ta
         values = [int(value) for value in values]
     classes = tuple(sorted(set(values)))
     if len(classes) < 2:
-        raise _refused("/labels", f"a probe needs two classes at least; every label is {classes[0]!r}")
+        found = f"every label is {classes[0]!r}" if classes else "there are no rows"
+        raise refused("/labels", f"a probe needs two classes at least; {found}")
     if len(classes) > MAX_CLASSES:
-        raise _refused("/labels", f"there are {len(classes)} different labels; at most {MAX_CLASSES} classes fit")
+        raise refused("/labels", f"there are {len(classes)} different labels; at most {MAX_CLASSES} classes fit")
     if task == "binary" and len(classes) > 2:
-        raise _refused("/labels", f"a binary task has two classes; these labels have {len(classes)}")
+        raise refused("/labels", f"a binary task has two classes; these labels have {len(classes)}")
     index = {label: code for code, label in enumerate(classes)}
     codes = np.fromiter((index[value] for value in values), dtype=np.int64, count=rows)
     return Targets(task="binary" if len(classes) == 2 else "multiclass", classes=classes, codes=codes)
@@ -99,7 +100,7 @@ def encode_groups(groups: Sequence[Any], rows: int) -> NDArray[np.int64]:
     """
     values = [_plain(group) for group in groups]
     if len(values) != rows:
-        raise _refused("/groups", f"give one group a row: there are {len(values)} groups for {rows} rows")
+        raise refused("/groups", f"give one group a row: there are {len(values)} groups for {rows} rows")
     faults = [
         FieldError(pointer=f"/groups/{row}", detail="a group is a whole number or a string")
         for row, value in enumerate(values)
@@ -116,7 +117,8 @@ def first_seen_codes(values: Sequence[Any]) -> NDArray[np.int64]:
     return np.fromiter((index.setdefault(value, len(index)) for value in values), np.int64, count=len(values))
 
 
-def _refused(pointer: str, detail: str) -> InvalidRequest:
+def refused(pointer: str, detail: str) -> InvalidRequest:
+    """A refusal with one fault."""
     return InvalidRequest(detail[0].upper() + detail[1:] + ".", errors=[FieldError(pointer=pointer, detail=detail)])
 
 

@@ -97,8 +97,10 @@ class EngineProcess:
             while data := await reader.read(1 << 18):
                 for event in decoder.feed(data):
                     self._on_event(event)
-        except (OSError, FrameError) as error:
+        except FrameError as error:
             _log.error("engine.pipe", error=str(error))
+        except OSError:  # reset: it died
+            pass
         if self._writer is not None:
             self._writer.close()
         with contextlib.suppress(TimeoutError):

@@ -1,0 +1,6 @@
+"""`python -m bathyscope.cli`."""
+
+from bathyscope.cli import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,169 @@
+"""What the demo shows: a table of layers, the layer curve as a picture, and the curl lines that do the same."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import typer
+from matplotlib.figure import Figure as Picture
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from bathyscope import Probe, types
+from bathyscope.cli._capitals import Statement
+
+_BLUE, _ORANGE, _GREY = "#0072b2", "#d55e00", "#666666"  # Okabe and Ito: told apart with colour-blind eyes too
+
+
+def print_table(probe: Probe) -> None:
+    """Every layer and what a probe on it is worth; the best is marked."""
+    table = Table(box=box.SIMPLE_HEAD, title="Cross-validated, rows of a pair of countries never on both sides")
+    for column in ("layer", "AUROC", "95 % interval", "accuracy", "Brier", "ECE"):
+        table.add_column(column, justify="right")
+    for scores in probe.report.layers:
+        best = scores.layer == probe.report.best_layer
+        table.add_row(
+            f"{scores.layer}{' *' if best else '  '}",
+            _number(scores.auroc),
+            _interval(scores.auroc),
+            _number(scores.accuracy),
+            _number(scores.brier),
+            _number(scores.ece),
+            style="bold green" if best else None,
+        )
+    Console().print(table)
+
+
+def _number(figure: types.Figure | None) -> str:
+    return f"{figure.value:.3f}" if figure is not None and figure.value is not None else "-"
+
+
+def _interval(figure: types.Figure | None) -> str:
+    if figure is None or figure.low is None or figure.high is None:
+        return ""
+    return f"{figure.low:.3f} to {figure.high:.3f}"
+
+
+def print_summary(probe: Probe, output: Path, *, seconds: float) -> None:
+    """The result in a few lines."""
+    report = probe.report
+    typer.echo(
+        f"Best layer {report.best_layer} of {report.layers[-1].layer}. With the choice of the layer inside the "
+        f"cross-validation: AUROC {_number(report.held_out.auroc)}, ECE {_number(report.held_out.ece)}."
+    )
+    for warning in report.warnings:
+        typer.echo(f"Note: {warning}")
+    for name in ("layer_curve.png", "hidden_states.safetensors", "report.json"):
+        typer.echo(f"  {output / name}")
+    typer.echo(f"Done in {seconds:.0f} s.")
+
+
+def print_curl(url: str, model: str, statements: list[Statement]) -> None:
+    """The same with curl, on the first statements; `bathyscope up` serves them."""
+    first = statements[:8]
+    extract = {"model": model, "inputs": [statement.text for statement in first], "layers": "all"}
+    train = {
+        "extraction": "EXTRACTION",
+        "labels": [statement.label for statement in first],
+        "groups": [statement.group for statement in first],
+        "C": [0.01],
+        "folds": 2,
+    }
+    json_body = "-H 'Content-Type: application/json'"
+    typer.echo(
+        f"""
+The same by hand, on {len(first)} statements, while `bathyscope up` runs:
+
+curl -s {url}/v1/extractions {json_body} -H 'Prefer: wait=60' -d {_quoted(extract)}
+  # "resource": "/v1/extractions/ext_…": write that id for EXTRACTION
+curl -s -o states.safetensors '{url}/v1/extractions/EXTRACTION/hidden_states?format=safetensors'
+curl -s {url}/v1/probes {json_body} -H 'Prefer: wait=60' -d {_quoted(train)}
+  # "resource": "/v1/probes/prb_…": write that id for PROBE
+curl -s {url}/v1/probes/PROBE
+curl -s {url}/v1/probes/PROBE/predict {json_body} -H 'Prefer: wait=60' -d {_quoted({"inputs": [first[0].text]})}"""
+    )
+
+
+def _quoted(body: object) -> str:
+    return shlex.quote(json.dumps(body, ensure_ascii=False))
+
+
+def write_figure(probe: Probe, path: Path, *, rows: int) -> None:
+    """AUROC of every layer with its interval, and the calibration error below, as a picture for a page."""
+    report = probe.report
+    layers = [scores.layer for scores in report.layers]
+    auroc = [scores.auroc for scores in report.layers]
+    best = layers.index(report.best_layer)
+    style: Any = {
+        "font.size": 9,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.linewidth": 0.8,
+        "legend.frameon": False,
+    }
+    with mpl.rc_context(style):
+        picture = Picture(figsize=(6.0, 4.2), dpi=200, layout="constrained")
+        upper, lower = picture.subplots(2, 1, sharex=True, height_ratios=[3, 1])
+
+        upper.axhline(0.5, color=_GREY, linewidth=0.8, linestyle=(0, (4, 3)))
+        upper.annotate(
+            "chance", (layers[-1], 0.5), xytext=(0, -3), textcoords="offset points", ha="right", va="top", color=_GREY
+        )
+        low, high = _ends(auroc, "low"), _ends(auroc, "high")
+        upper.fill_between(layers, low, high, color=_BLUE, alpha=0.18, linewidth=0, label="95 % bootstrap interval")
+        upper.plot(layers, _ends(auroc, "value"), color=_BLUE, linewidth=1.6, marker="o", markersize=3, label="AUROC")
+        value = _ends(auroc, "value")[best]
+        upper.plot(layers[best], value, "o", color=_ORANGE, markersize=6, zorder=3)
+        upper.annotate(
+            f"layer {layers[best]}: {value:.2f}",
+            (layers[best], value),
+            xytext=(0, 8),
+            textcoords="offset points",
+            ha="center",
+            va="bottom",
+            color=_ORANGE,
+            fontweight="bold",
+        )
+        upper.set_ylim(min(0.35, *low) - 0.02, 1.04)
+        upper.set_ylabel("AUROC")
+        upper.legend(loc="upper left")
+        upper.set_title(
+            f"Where {probe.identity.model} tells true from false\n",
+            loc="left",
+            fontweight="bold",
+        )
+        upper.text(
+            0.0,
+            1.02,
+            f"linear probes on {rows} statements about capital cities, last token, {_folds(report)}grouped by pair",
+            transform=upper.transAxes,
+            color=_GREY,
+            fontsize=8,
+        )
+
+        lower.plot(layers, _ends([scores.ece for scores in report.layers], "value"), color=_ORANGE, linewidth=1.4)
+        lower.set_ylim(bottom=0)
+        lower.set_ylabel("ECE")
+        lower.set_xlabel("layer (0: embeddings, last: after the final norm)")
+        lower.set_xlim(layers[0] - 0.5, layers[-1] + 0.5)
+        picture.savefig(path)
+
+
+def _ends(figures: list[types.Figure | None], which: str) -> list[float]:
+    """Values or ends of intervals; the value stands in for a missing end, NaN for a missing figure."""
+    found = []
+    for figure in figures:
+        end = getattr(figure, which, None)
+        end = end if end is not None else getattr(figure, "value", None)
+        found.append(float("nan") if end is None else float(end))
+    return found
+
+
+def _folds(report: types.Report) -> str:
+    folds = (report.model_extra or {}).get("folds")
+    return f"{folds} folds " if isinstance(folds, int) else ""

@@ -1,0 +1,114 @@
+"""Who goes first, and who shares."""
+
+import time
+from typing import Any
+
+import numpy as np
+import pytest
+
+from bathyscope_workers.engine.protocol import RunJob
+from bathyscope_workers.engine.scheduler import Active, Scheduler
+from bathyscope_workers.extraction.plan import Pending
+from bathyscope_workers.models.forward import Style
+
+STYLE = Style("hooks", mask=False, alone=False)
+
+
+class Resident:
+    token_budget: int | None = None
+
+
+class Work:
+    """What the scheduler reads of an extraction."""
+
+    def __init__(self, lengths: list[int], resident: Resident, *, top: int = 8, style: Style = STYLE) -> None:
+        self.pending = Pending(np.array(lengths, dtype=np.int64))
+        self.resident, self.top, self.style = resident, top, style
+
+
+@pytest.fixture
+def resident() -> Resident:
+    return Resident()
+
+
+def active(name: str, work: Work, owner: str = "o", **job: Any) -> Active:
+    made = Active(RunJob(id=name, kind="extraction", owner=owner, **job), received=time.monotonic())
+    made.extraction = work  # type: ignore[assignment]
+    made.tokenised = True
+    return made
+
+
+def serve(scheduler: Scheduler, jobs: list[Active], batches: int = 100) -> list[dict[str, int]]:
+    served: list[dict[str, int]] = []
+    while len(served) < batches and (rows := scheduler.next_batch(jobs)):
+        counts: dict[str, int] = {}
+        for row in rows:
+            counts[row.active.job.id] = counts.get(row.active.job.id, 0) + 1
+        served.append(counts)
+    return served
+
+
+def test_one_text_does_not_wait_for_ten_thousand(resident: Resident) -> None:
+    big = active("big", Work([10] * 10_000, resident), owner="a")
+    scheduler = Scheduler(batch_tokens=100)
+    serve(scheduler, [big], batches=3)
+    for owner in ("a", "b"):
+        one = active(f"one-{owner}", Work([4], resident), owner=owner)
+        assert any(f"one-{owner}" in batch for batch in serve(scheduler, [big, one], batches=2))
+
+
+def test_owners_take_turns(resident: Resident) -> None:
+    """Five jobs of one owner get as much as the one job of another."""
+    jobs = [active(f"a{index}", Work([100] * 50, resident), owner="a") for index in range(5)]
+    jobs.append(active("b", Work([100] * 50, resident), owner="b"))
+    served = serve(Scheduler(batch_tokens=100), jobs, batches=20)
+    assert sum(batch.get("b", 0) for batch in served) == 10
+    assert {name for batch in served for name in batch} == {"a0", "a1", "a2", "a3", "a4", "b"}
+
+
+def test_priority_then_age(resident: Resident) -> None:
+    low = active("low", Work([100] * 9, resident), owner="a", priority="low")
+    high = active("high", Work([100] * 9, resident), owner="b", priority="high")
+    scheduler = Scheduler(batch_tokens=100)
+    assert serve(scheduler, [low, high], batches=3) == [{"high": 1}] * 3
+    low.received -= 60
+    assert serve(scheduler, [low, high], batches=1) == [{"low": 1}]
+
+
+def test_small_jobs_share_a_batch(resident: Resident) -> None:
+    jobs = [active(f"j{index}", Work([10], resident), owner=f"o{index}") for index in range(8)]
+    assert len(serve(Scheduler(batch_tokens=100), jobs)) == 1
+
+
+@pytest.mark.parametrize("reason", ["solo", "resident", "style", "depth", "length"])
+def test_who_does_not_share(resident: Resident, reason: str) -> None:
+    first = active("first", Work([10], resident), owner="a")
+    other = active(
+        "other",
+        Work(
+            [400 if reason == "length" else 10],
+            Resident() if reason == "resident" else resident,
+            style=Style("hooks", mask=True, alone=False) if reason == "style" else STYLE,
+            top=30 if reason == "depth" else 8,
+        ),
+        owner="b",
+        solo=reason == "solo",
+    )
+    for jobs in ([first, other], [other, first]):
+        for one in jobs:
+            assert one.extraction is not None
+            one.running.pending = Pending(
+                np.array([400 if one is other and reason == "length" else 10], dtype=np.int64)
+            )
+        assert all(len(batch) == 1 for batch in serve(Scheduler(batch_tokens=512), jobs))
+
+
+def test_texts_that_must_run_alone(resident: Resident) -> None:
+    job = active("int8", Work([5, 9, 7], resident, style=Style("hooks", mask=False, alone=True)))
+    assert serve(Scheduler(batch_tokens=512), [job]) == [{"int8": 1}] * 3
+
+
+def test_a_lowered_budget_holds(resident: Resident) -> None:
+    resident.token_budget = 20
+    job = active("job", Work([10] * 4, resident))
+    assert serve(Scheduler(batch_tokens=512), [job]) == [{"job": 2}] * 2

@@ -1,0 +1,144 @@
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bathyscope.errors import InvalidRequest
+from bathyscope_workers.probes.splits import inner_folds, input_keys, make_folds
+from bathyscope_workers.probes.targets import encode_labels
+
+
+def targets_of(labels: Any) -> Any:
+    return encode_labels(list(labels), len(labels))
+
+
+def test_stratified_folds_are_as_even_as_they_can_be() -> None:
+    rng = np.random.default_rng(0)
+    y = (rng.random(203) < 0.3).astype(int)
+    folds = make_folds(targets_of(y.tolist()), folds=5)
+    assert folds.kind == "stratified"
+    for code in (0, 1):
+        per_fold = np.bincount(folds.assignment[y == code], minlength=5)
+        assert per_fold.max() - per_fold.min() <= 1
+    assert sorted(np.concatenate([test for _, test in folds])) == list(range(203))
+    for train, test in folds:
+        assert set(train) | set(test) == set(range(203))
+        assert not set(train) & set(test)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_groups_and_repeats_stay_on_one_side(data: st.DataObject) -> None:
+    rows = data.draw(st.integers(30, 80))
+    y = data.draw(st.lists(st.integers(0, 1), min_size=rows, max_size=rows))
+    groups = data.draw(st.lists(st.integers(0, 25), min_size=rows, max_size=rows))
+    keys = data.draw(st.lists(st.integers(0, 200), min_size=rows, max_size=rows))
+    count = data.draw(st.integers(2, 4))
+    try:
+        folds = make_folds(targets_of(y), folds=count, groups=groups, keys=keys)
+    except InvalidRequest:
+        return
+    for values in (groups, keys, folds.clusters.tolist()):
+        sides: dict[Any, set[int]] = {}
+        for value, fold in zip(values, folds.assignment, strict=True):
+            sides.setdefault(value, set()).add(int(fold))
+        assert all(len(side) == 1 for side in sides.values())
+    for train, test in folds:
+        assert set(np.array(y)[train]) == set(np.array(y)[test]) == {0, 1}
+
+
+def test_groups_keep_the_balance_of_classes() -> None:
+    y = np.tile([1, 1, 0, 0], 74)
+    folds = make_folds(targets_of(y.tolist()), groups=np.repeat(np.arange(74), 4).tolist())
+    assert folds.kind == "grouped"
+    sizes = folds.record()["sizes"]
+    assert max(sizes) - min(sizes) <= 4
+    assert all(y[test].mean() == 0.5 for _, test in folds)
+
+
+def test_repeated_inputs_are_tied_and_said() -> None:
+    token_ids = np.array([5, 6, 5, 6, 7, 8, 9, 7, 8, 5, 9, 9, 4, 4])
+    offsets = np.array([0, 2, 4, 5, 7, 8, 9, 11, 12, 14])
+    keys = input_keys(token_ids, offsets)
+    assert [keys.index(key) for key in keys] == [0, 0, 2, 3, 2, 5, 6, 7, 8]
+    folds = make_folds(targets_of([0, 1, 0, 1, 0, 1, 0, 1, 0]), folds=2, keys=keys)
+    assert folds.assignment[0] == folds.assignment[1]
+    assert folds.assignment[2] == folds.assignment[4]
+    assert folds.warnings[0].startswith("2 of 9 rows repeat")
+    assert folds.warnings[1] == "Inputs that occur with more than one label: 1."
+    assert folds.record()["clusters"] == 7
+
+
+def test_a_repeat_joins_two_groups() -> None:
+    folds = make_folds(
+        targets_of([0, 1] * 4), folds=2, groups=["a", "a", "b", "b", "c", "c", "d", "d"], keys=[0, 1, 1, 2, 3, 4, 5, 6]
+    )
+    assert folds.clusters.tolist() == [0, 0, 0, 0, 1, 1, 2, 2]
+
+
+def test_seeds_are_recorded_and_matter() -> None:
+    labels = targets_of([0, 1] * 50)
+    one, again, other = (make_folds(labels, seed=seed) for seed in (3, 3, 4))
+    assert one.record() == again.record()
+    assert one.record()["seed"] == 3
+    assert one.record()["sha256"] != other.record()["sha256"]
+
+
+@pytest.mark.parametrize(
+    ("labels", "options", "pointer"),
+    [
+        ([0, 1] * 10, {"folds": 1}, "/folds"),
+        ([0, 1] * 10, {"folds": 21}, "/folds"),
+        ([0] * 20 + [1] * 4, {"folds": 5}, "/labels"),
+        ([0, 1] * 10, {"groups": [0, 1, 2, 3] * 5}, "/groups"),
+        ([0] * 16 + [1] * 4, {"groups": [*range(16), 16, 16, 16, 16]}, "/groups"),
+        ([0, 1] * 10, {"groups": [0]}, "/groups"),
+        ([0, 1] * 10, {"keys": [0, 1] * 10}, "/labels"),
+        ([0, 1] * 2, {"split": ["train", "test"]}, "/split"),
+        ([0, 1] * 2, {"split": ["train", "train", "test", "dev"]}, "/split/3"),
+        ([0, 1] * 2, {"split": ["test"] * 4}, "/split"),
+        ([0, 1] * 2, {"split": ["train"] * 4}, "/split"),
+        ([0, 0, 1, 1], {"split": ["train", "train", "test", "test"]}, "/split"),
+        ([0, 1] * 2, {"split": ["train", "train", "test", "test"], "groups": [0, 1, 1, 2]}, "/split/1"),
+    ],
+)
+def test_refusals(labels: list[int], options: dict[str, Any], pointer: str) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        make_folds(targets_of(labels), **options)
+    assert caught.value.errors[0]["pointer"] == pointer
+
+
+def test_given_train_and_test() -> None:
+    folds = make_folds(targets_of([0, 1, 0, 1, 0, 1]), split=["train", "train", "test", "test", "train", "train"])
+    assert (folds.kind, folds.count) == ("given", 1)
+    [(train, test)] = list(folds)
+    assert train.tolist() == [0, 1, 4, 5]
+    assert test.tolist() == folds.held_out.tolist() == [2, 3]
+    assert folds.record()["training_only"] == 4
+
+
+def test_given_fold_numbers_and_a_repeat_across_them() -> None:
+    folds = make_folds(targets_of([0, 1] * 3), split=[7, 7, 3, 3, 5, 5], keys=[0, 1, 0, 3, 4, 5])
+    assert folds.assignment.tolist() == [2, 2, 0, 0, 1, 1]
+    assert any("on the other side" in warning for warning in folds.warnings)
+
+
+def test_inner_folds_split_the_training_rows_only() -> None:
+    labels = targets_of([0, 1] * 40)
+    outer = make_folds(labels, folds=4, groups=np.repeat(np.arange(20), 4).tolist())
+    for fold, (train, _) in enumerate(outer):
+        inner = inner_folds(labels, outer, train, fold)
+        assert inner.count == 3
+        assert len(inner.assignment) == len(train)
+        for group in np.unique(outer.clusters[train]):
+            assert len(set(inner.assignment[outer.clusters[train] == group])) == 1
+
+
+def test_inner_folds_say_when_there_is_too_little() -> None:
+    labels = targets_of([0, 1] * 2)
+    outer = make_folds(labels, folds=2)
+    with pytest.raises(InvalidRequest, match="one layer and one C") as caught:
+        inner_folds(labels, outer, np.flatnonzero(outer.assignment != 0), 0)
+    assert caught.value.errors[0]["pointer"] == "/folds"

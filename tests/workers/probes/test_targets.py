@@ -1,0 +1,77 @@
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+
+from bathyscope.errors import InvalidRequest, NotBuilt
+from bathyscope_workers.probes.targets import MAX_CLASSES, encode_groups, encode_labels
+
+
+@pytest.mark.parametrize(
+    ("labels", "classes", "codes", "task"),
+    [
+        ([True, False, True], (False, True), [1, 0, 1], "binary"),
+        ([3, 1, 3], (1, 3), [1, 0, 1], "binary"),
+        ([1.0, 0, 2], (0, 1, 2), [1, 0, 2], "multiclass"),
+        (["b", "a", "c", "a"], ("a", "b", "c"), [1, 0, 2, 0], "multiclass"),
+        ([10**400, 0], (0, 10**400), [1, 0], "binary"),
+        (np.array([True, False]), (False, True), [1, 0], "binary"),
+        (np.array([5, 7], dtype=np.int32), (5, 7), [0, 1], "binary"),
+    ],
+)
+def test_codes(labels: Any, classes: tuple[Any, ...], codes: list[int], task: str) -> None:
+    targets = encode_labels(labels, len(labels))
+    assert targets.classes == classes
+    assert [type(label) for label in targets.classes] == [type(label) for label in classes]
+    assert targets.codes.tolist() == codes
+    assert targets.task == task
+    assert sum(targets.counts) == len(labels)
+
+
+@pytest.mark.parametrize(
+    ("labels", "rows", "pointer"),
+    [
+        ([True, False], 3, "/labels"),
+        ([True, True], 2, "/labels"),
+        ([True, 1, 0], 3, "/labels"),
+        (["a", 1], 2, "/labels"),
+        ([0, 1, None], 3, "/labels/2"),
+        ([0, math.nan], 2, "/labels/1"),
+        ([math.inf, 1], 2, "/labels/0"),
+        ([0, [1]], 2, "/labels/1"),
+        (list(range(MAX_CLASSES + 1)), MAX_CLASSES + 1, "/labels"),
+        ([], 0, "/labels"),
+    ],
+)
+def test_refusals_point_at_the_row(labels: list[Any], rows: int, pointer: str) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        encode_labels(labels, rows)
+    assert caught.value.errors[0]["pointer"] == pointer
+    assert caught.value.problem()["status"] == 422
+
+
+def test_many_faults_are_named_up_to_a_bound() -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        encode_labels([None] * 100 + [0, 1], 102)
+    assert 1 < len(caught.value.errors) < 100
+    assert "100 of 102" in caught.value.detail
+
+
+def test_a_binary_task_has_two_classes() -> None:
+    with pytest.raises(InvalidRequest, match="two classes"):
+        encode_labels([0, 1, 2], 3, task="binary")
+
+
+@pytest.mark.parametrize(("labels", "task"), [([0.5, 1.0], "auto"), ([0, 1], "regression")])
+def test_regression_is_not_built(labels: list[Any], task: str) -> None:
+    with pytest.raises(NotBuilt):
+        encode_labels(labels, 2, task=task)
+
+
+def test_groups() -> None:
+    assert encode_groups(["x", 1, "x", "1", 1], 5).tolist() == [0, 1, 0, 2, 1]
+    for groups, pointer in (([1], "/groups"), ([1, None], "/groups/1"), ([math.nan, 1], "/groups/0")):
+        with pytest.raises(InvalidRequest) as caught:
+            encode_groups(groups, 2)
+        assert caught.value.errors[0]["pointer"] == pointer
