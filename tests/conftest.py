@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,14 +16,6 @@ CORPUS = [
     "deep water, small fish 🐟, pressure and light",
     "0123456789 abcdefghijklmnopqrstuvwxyz ABCDEFGHIJKLMNOPQRSTUVWXYZ",
 ]
-
-
-@pytest.fixture(scope="session")
-def cache_dir() -> Path:
-    """Where converted models are kept between test runs."""
-    folder = Path(os.environ.get("BATHYSCOPE_TEST_CACHE") or Path(tempfile.gettempdir()) / "bathyscope-test-cache")
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
 
 
 @pytest.fixture(scope="session")

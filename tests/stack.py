@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,13 @@ from typing import Any
 import httpx2
 
 from bathyscope_backplane.embedded import EmbeddedServer
+
+
+def model_cache() -> Path:
+    """Where converted models are kept between test runs."""
+    folder = Path(os.environ.get("BATHYSCOPE_TEST_CACHE") or Path(tempfile.gettempdir()) / "bathyscope-test-cache")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 def free_port() -> int:
@@ -29,6 +37,9 @@ class Stack:
 
     def __init__(self, data_dir: Path, *, binary: Path | None = None, **settings: Any) -> None:
         self.data_dir = data_dir
+        models = model_cache() / "models"  # converting the packaged model takes half a minute: once for all
+        models.mkdir(exist_ok=True)
+        (data_dir / "models").symlink_to(models)
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.valkey = EmbeddedServer(data_dir, binary=binary)

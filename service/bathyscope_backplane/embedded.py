@@ -32,6 +32,8 @@ from typing import Self
 from urllib.parse import quote
 
 import redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
 
 from bathyscope.errors import SetupError
 
@@ -197,7 +199,10 @@ class EmbeddedServer:
             )
 
     def _answers(self) -> bool:
-        client = redis.Redis(unix_socket_path=str(self._socket()), socket_timeout=5, socket_connect_timeout=5)
+        # The pauses between attempts are ours: redis-py would sleep for seconds.
+        once = Retry(NoBackoff(), 0)
+        path = str(self._socket())
+        client = redis.Redis(unix_socket_path=path, socket_timeout=5, socket_connect_timeout=5, retry=once)
         try:
             return bool(client.ping())
         except redis.RedisError:

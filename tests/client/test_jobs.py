@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
@@ -90,12 +91,6 @@ def test_a_wait_that_runs_out(both: Any, wire: Any, answers: Any, clock: Any) ->
 
 def _wait(both: Any, wire: Any, handle: Any, **kwargs: Any) -> Any:
     """Wait on a fresh handle of the same job."""
-
-    class Once:
-        def __init__(self, client: Any) -> None:
-            self.client = client
-
-    import asyncio
 
     transport = httpx2.MockTransport(wire)
     if both.kind == "sync":
@@ -274,8 +269,6 @@ def test_leaving_the_events_closes_the_stream(client: bathyscope.Client, wire: A
 
 
 def test_a_probe_predicts_in_one_held_request(both: Any, wire: Any, answers: Any) -> None:
-    import asyncio
-
     wire.then(
         answers.ok(answers.probe()),
         answers.ok(answers.job("succeeded", kind="prediction")),

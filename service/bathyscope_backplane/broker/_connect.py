@@ -9,7 +9,7 @@ from urllib.parse import parse_qsl, unquote, urlsplit, urlunsplit
 from redis.asyncio import BlockingConnectionPool, Redis, RedisCluster
 from redis.asyncio.cluster import ClusterNode
 from redis.asyncio.retry import Retry
-from redis.asyncio.sentinel import Sentinel
+from redis.asyncio.sentinel import Sentinel, SentinelConnectionPool
 from redis.backoff import FullJitterBackoff
 
 from bathyscope.errors import SetupError
@@ -101,8 +101,18 @@ def _sentinel(url: str, common: dict[str, Any], max_connections: int) -> Redis:
     # tried again by the connection that wants to know.
     of_sentinels["retry"] = Retry(FullJitterBackoff(base=0.05, cap=0.2), 1)
     manager = Sentinel(_hosts(url, "sentinel"), sentinel_kwargs=of_sentinels, **common)  # type: ignore[no-untyped-call]
-    client: Redis = manager.master_for(service, max_connections=max_connections)
+    client: Redis = manager.master_for(service, max_connections=max_connections, connection_pool_class=_SentinelPool)
     return client
+
+
+class _SentinelPool(SentinelConnectionPool):
+    """Closes the connections to the sentinels with its own; redis-py leaves them open."""
+
+    async def disconnect(self, inuse_connections: bool = True) -> None:
+        await super().disconnect(inuse_connections)
+        if inuse_connections:
+            for sentinel in self.sentinel_manager.sentinels:
+                await sentinel.aclose()
 
 
 def _cluster(url: str, common: dict[str, Any], max_connections: int) -> RedisCluster:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 import traceback
 from collections.abc import Sequence
 from typing import Annotated
@@ -51,14 +50,8 @@ def run(arguments: Sequence[str] | None = None) -> int:
     """Run a command; the exit status. An error is one sentence on stderr, with BATHYSCOPE_DEBUG=1 its traceback too."""
     try:
         code = app(args=arguments, prog_name="bathyscope", standalone_mode=False)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, typer.Abort):
         return 130
-    except typer.Abort:
-        return 130
-    except BrokenPipeError:
-        # The reader of our output has gone, as `head` does. Python would complain once more at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
     except Exception as error:
         return _tell(error)
     return code if isinstance(code, int) else 0

@@ -1,0 +1,271 @@
+"""Anything in any order: jobs, workers that die, late answers, clocks that jump; and still each job ends once.
+
+Hypothesis draws the steps, a real server runs them, and a small model says who may hold what. After each example the
+queue is worked empty, and then everything is let expire: whatever is left in the server was lost there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import os
+from dataclasses import dataclass, field
+
+import hypothesis.strategies as st
+from hypothesis import HealthCheck, Phase, settings
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, rule, run_state_machine_as_test
+
+from bathyscope_backplane.broker import ENDED, Broker, BrokerLimits, Lease, connect
+
+LANES = ["cpu", "fetch", "model:m:none:auto"]
+OWNERS = ["key_a", "key_b", "key_c"]
+LEASE_MS = 10_000
+LIMITS = BrokerLimits(
+    aging_ms=7_000,
+    backoff_base_ms=3_000,
+    backoff_cap_ms=9_000,
+    max_group_deaths=2,
+    queue_ttl_ms=900_000,
+    result_ttl_ms=3_600_000,
+    lane_queued=40,
+    owner_open=40,
+    reap_batch=5,
+    events_kept=20,
+)
+PROBLEM = {"type": "/problems/out-of-memory", "title": "Out of memory", "status": 500, "detail": "Too big."}
+DEEDS = ["finish", "retry", "final", "drain", "alone", "together", "stop", "progress", "mark", "renew"]
+_namespaces = itertools.count(1)
+
+
+@dataclass
+class Model:
+    """What must be so: who holds each job now, and how those that ended did."""
+
+    holder: dict[str, str | None] = field(default_factory=dict)
+    ended: dict[str, str] = field(default_factory=dict)
+    deeds: dict[tuple[str, str], str] = field(default_factory=dict)
+
+
+class Machine(RuleBasedStateMachine):
+    jobs = Bundle("jobs")
+    leases = Bundle("leases")
+
+    def __init__(self, url, audit, new_job):
+        super().__init__()
+        self.audit, self.new_job = audit, new_job
+        self.runner = asyncio.Runner()
+        self.namespace = f"machine{next(_namespaces)}"
+        self.redis = connect(url)
+        self.broker = Broker(self.redis, namespace=self.namespace, limits=LIMITS)
+        self.model = Model()
+
+    def run(self, awaitable):
+        return self.runner.run(awaitable)
+
+    @initialize(target=jobs)
+    def first(self):
+        return self.submit(0, 0, "normal", 3, [])
+
+    @rule(
+        target=jobs,
+        lane=st.integers(0, 2),
+        owner=st.integers(0, 2),
+        priority=st.sampled_from(["high", "normal", "low"]),
+        max_attempts=st.integers(1, 3),
+        parents=st.lists(jobs, max_size=3),
+    )
+    def submit(self, lane, owner, priority, max_attempts, parents):
+        job = self.new_job(
+            lane=LANES[lane],
+            owner=OWNERS[owner],
+            priority=priority,
+            max_attempts=max_attempts,
+            parents=tuple(parents),
+        )
+        # Sent twice, as a connection that breaks would.
+        assert self.run(self.broker.submit(job)) == self.run(self.broker.submit(job))
+        self.model.holder[job.id] = None
+        self.look([job.id])
+        return job.id
+
+    @rule(target=leases, lanes=st.permutations(LANES), n=st.integers(1, 6), idle=st.booleans())
+    def take(self, lanes, n, idle):
+        taken = self.run(self.broker.take("w", lanes, n, lease_ms=LEASE_MS, engine_idle=idle))
+        self.took(taken, n, idle)
+        return taken.leases
+
+    def took(self, taken, n, idle):
+        assert len(taken.leases) <= n
+        assert len({lease.lane for lease in taken.leases}) <= 1
+        if any(lease.solo for lease in taken.leases):
+            assert idle
+            assert len(taken.leases) == 1
+        for lease in taken.leases:
+            assert self.model.holder[lease.job_id] is None, "given out twice"
+            assert lease.job_id not in self.model.ended
+            assert 1 <= lease.attempt <= lease.max_attempts
+            self.model.holder[lease.job_id] = lease.ref.token
+
+    @rule(batch=leases, at=st.integers(0, 5), deed=st.sampled_from(DEEDS))
+    def work(self, batch, at, deed):
+        """A worker writes: of a job that it holds, or of one that it lost long ago."""
+        if at < len(batch):
+            self.write(batch[at], deed)
+
+    def write(self, lease: Lease, deed: str) -> None:
+        ref, broker = lease.ref, self.broker
+        holds = self.model.holder[ref.job_id] == ref.token
+        again = self.model.deeds.get((ref.job_id, ref.token)) == deed
+        cancelled = holds and self.run(broker.get(ref.job_id)).cancel_requested
+        call = {
+            "finish": lambda: broker.finish(ref, resource="/v1/x", timings={}),
+            "retry": lambda: broker.fail(ref, PROBLEM, retry=True),
+            "final": lambda: broker.fail(ref, PROBLEM, retry=False),
+            "drain": lambda: broker.release(ref, reason="drain"),
+            "alone": lambda: broker.release(ref, reason="engine_died_alone"),
+            "together": lambda: broker.release(ref, reason="engine_died_together"),
+            "stop": lambda: broker.acknowledge_cancel(ref),
+            "progress": lambda: broker.progress(ref, stage="s", done=1, total=None, unit="inputs"),
+            "mark": lambda: broker.mark_alone(ref, True),
+            "renew": lambda: broker.renew([ref], LEASE_MS),
+        }[deed]
+        before = self.run(broker.get(ref.job_id))
+        reply = self.run(call())
+        if deed == "renew":
+            assert reply == ["cancelled" if cancelled else "held" if holds else "lost"]
+            return
+        if not holds:
+            same = {"final": "retry", "retry": "final", "alone": "drain", "together": "drain"}
+            again = again or self.family(self.model.deeds.get((ref.job_id, ref.token))) == self.family(deed)
+            assert same
+            assert not reply or again
+            assert self.run(broker.get(ref.job_id)) == before
+            return
+        assert reply
+        if deed in {"progress", "mark"}:
+            return
+        self.model.holder[ref.job_id] = None
+        self.model.deeds[ref.job_id, ref.token] = deed
+        after = self.look([ref.job_id])[0]
+        assert after is not None
+        if deed == "finish":
+            assert after.status == "succeeded"
+        elif cancelled or deed == "stop":
+            assert after.status == "cancelled"
+        elif deed == "final":
+            assert after.status == "failed"
+        elif deed == "drain":
+            assert (after.status, after.attempt) == ("queued", lease.attempt - 1)
+        else:
+            assert after.status in {"queued", "failed"}
+            assert after.dead_letter == (after.status == "failed")
+        self.look(list(self.model.holder))
+
+    @staticmethod
+    def family(deed):
+        return {"final": "fail", "retry": "fail", "drain": "put", "alone": "put", "together": "put"}.get(deed, deed)
+
+    @rule(job=jobs)
+    def cancel(self, job):
+        did = self.run(self.broker.cancel(job))
+        held, ended = self.model.holder[job] is not None, self.model.ended.get(job)
+        if ended is not None:
+            assert did == {"cancelled": "already", "gone": "missing"}.get(ended, "finished")
+        else:
+            assert did == ("cancelling" if held else "cancelled")
+        self.look(list(self.model.holder))
+
+    @rule(ms=st.sampled_from([2_000, 6_000, 12_000, 40_000, 1_000_000, -3_000]))
+    def jump(self, ms):
+        self.broker.clock_skew_ms += ms
+
+    @rule()
+    def reap(self):
+        while True:
+            reaped = self.run(self.broker.reap())
+            for job in reaped.lapsed:
+                assert self.model.holder[job] is not None
+                self.model.holder[job] = None
+            if not reaped.more:
+                break
+        self.look(list(self.model.holder))
+
+    @rule(job=jobs)
+    def replay(self, job):
+        dead = {letter.id for letter in self.run(self.broker.dead_letters())}
+        assert self.run(self.broker.replay(job)) == (job in dead)
+        if job in dead:
+            assert self.model.ended.pop(job) == "failed"
+
+    @rule(job=consumes(jobs))
+    def forget(self, job):
+        if job in self.model.ended:
+            assert self.run(self.broker.forget(job)) == (self.model.ended[job] != "gone")
+            self.model.ended[job] = "gone"
+
+    def look(self, ids):
+        """Holds records against the model: what ended stays as it ended, what is held runs."""
+        records = [self.run(self.broker.get(id)) for id in ids]
+        for id, record in zip(ids, records, strict=True):
+            if record is None:
+                assert self.model.ended.get(id) is not None, "lost"
+                self.model.ended[id] = "gone"
+                assert self.run(self.broker.tombstone(id)) is not None
+                continue
+            assert (record.status == "running") == (self.model.holder[id] is not None)
+            if record.status in ENDED:
+                assert self.model.ended.setdefault(id, record.status) == record.status
+            else:
+                assert id not in self.model.ended
+        return records
+
+    def teardown(self):
+        try:
+            self.run(self.settle())
+        finally:
+            self.run(self.redis.aclose())
+            self.runner.close()
+
+    async def settle(self):
+        prefix = f"{{{self.namespace}}}:"
+        await self.audit(self.redis, prefix)
+        # Every worker dies; others come and do what there is to do.
+        for _ in range(200):
+            self.broker.clock_skew_ms += 15_000
+            for job in (await self.broker.reap()).lapsed:
+                self.model.holder[job] = None
+            taken = await self.broker.take("w2", LANES, 8, lease_ms=LEASE_MS, engine_idle=True)
+            self.took(taken, 8, True)
+            for lease in taken.leases:
+                assert await self.broker.finish(lease.ref, resource=None, timings={})
+                self.model.holder[lease.job_id] = None
+            if not {"queued", "running"} & set((await self.broker.stats()).jobs):
+                break
+        else:
+            raise AssertionError("stuck")
+        for id in self.model.holder:
+            record = await self.broker.get(id)
+            assert (record is None) == (self.model.ended.get(id) == "gone") or record is None
+            assert record is None or record.status in ENDED
+        await self.audit(self.redis, prefix)
+        # And when their time is over nothing is left of them.
+        self.broker.clock_skew_ms += LIMITS.result_ttl_ms + 1_000
+        while (await self.broker.reap()).more:
+            pass
+        left = [key async for key in self.redis.scan_iter(f"*{self.namespace}?:*", count=1_000)]
+        kinds = {key.removeprefix(prefix).partition(":")[0] for key in left}
+        assert kinds <= {"tomb", "taken", "sequence", "totals"}
+
+
+def test_every_job_ends_once(server, audit, new_job):
+    """More steps: BATHYSCOPE_TEST_EXAMPLES=2000."""
+    run_state_machine_as_test(
+        lambda: Machine(server.url, audit, new_job),
+        settings=settings(
+            max_examples=int(os.environ.get("BATHYSCOPE_TEST_EXAMPLES", "40")),
+            stateful_step_count=40,
+            deadline=None,
+            phases=[Phase.explicit, Phase.generate, Phase.shrink],
+            suppress_health_check=list(HealthCheck),
+        ),
+    )
