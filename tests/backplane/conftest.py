@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import shutil
 import tempfile
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,8 @@ from redis.asyncio import Redis
 
 from bathyscope_backplane.broker import connect
 from bathyscope_backplane.embedded import EmbeddedServer, find_binary
+
+Until = Callable[[Callable[[], bool | Awaitable[bool]]], Awaitable[None]]
 
 SERVERS = {"valkey": str(find_binary())}
 if found := shutil.which("redis-server"):
@@ -44,6 +47,21 @@ async def own_client(own_server: EmbeddedServer) -> AsyncIterator[Redis]:
     assert isinstance(client, Redis)
     yield client
     await client.aclose()
+
+
+@pytest.fixture(scope="session")
+def until() -> Until:
+    """Waits until something is so; what is never so fails the test after half a minute."""
+
+    async def wait(so: Callable[[], bool | Awaitable[bool]]) -> None:
+        async with asyncio.timeout(30):
+            while True:
+                answer = so()
+                if answer if isinstance(answer, bool) else await answer:
+                    return
+                await asyncio.sleep(0.01)
+
+    return wait
 
 
 @pytest.fixture

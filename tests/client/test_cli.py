@@ -62,10 +62,11 @@ def test_models_as_a_table_and_as_json(command: Any, wire: Any, answers: Any) ->
 
 
 def test_loading_a_model(command: Any, wire: Any, answers: Any) -> None:
-    done = answers.job("succeeded", kind="model") | {"resource": "/v1/models/smollm2"}
+    done = answers.job("succeeded", kind="model", request={"action": "load", "model": "smollm2"})
     wire.then(answers.ok(answers.job(kind="model"), 202), answers.ok(done), answers.ok(MODEL))
     assert command("models", "load", "smollm2", "--quantization", "8bit") == (0, "smollm2 is hot, 538.0 MB.\n", "")
     assert wire.body(0) == {"quantization": "8bit", "compute_dtype": "auto"}
+    assert wire.calls[-1] == "GET /v1/models/smollm2"
     wire.answers = [answers.ok(answers.job(kind="model"), 202)]
     assert command("models", "load", "smollm2", "--no-wait") == (0, "job_1\n", "")
 

@@ -164,6 +164,8 @@ def outcome(job: types.Job) -> str:
     """The path of what an ended job made; raises why there is none."""
     if job.status == "succeeded" and job.resource is not None and job.resource.startswith("/"):
         return job.resource
+    if job.status == "succeeded" and job.kind == "model" and isinstance(name := job.request.get("model"), str):
+        return path("v1", "models", name)  # loading makes nothing; the model is what one wants to see
     raise failure(job)
 
 

@@ -45,9 +45,10 @@ class Reader:
             raise ValueError(f"{namespace!r} cannot be a namespace")
         self.redis = redis
         self.limits = limits or BrokerLimits()
-        self._prefix = f"{{{namespace}}}:"
+        self.prefix = f"{{{namespace}}}:"
+        """Begins every key and channel of this queue; the braces keep all of them in one slot of a cluster."""
         self._patience_s = patience_s
-        self._link = Link(redis, self._prefix, clock_skew_ms, json.dumps(_terms(self.limits)))
+        self._link = Link(redis, self.prefix, clock_skew_ms, json.dumps(_terms(self.limits)))
 
     @property
     def clock_skew_ms(self) -> int:
@@ -67,17 +68,17 @@ class Reader:
 
     async def get(self, job_id: str) -> JobRecord | None:
         """The job, or None when it never was or its time is over (then see `tombstone`)."""
-        values: list[str | None] = await self._read(self.redis.hmget(f"{self._prefix}job:{job_id}", RECORD_FIELDS))
+        values: list[str | None] = await self._read(self.redis.hmget(f"{self.prefix}job:{job_id}", RECORD_FIELDS))
         return record(values) if values[0] else None
 
     async def payload(self, job_id: str) -> str | None:
         """What the job was submitted with; None when it is gone: after success, cancel and expiry it is dropped."""
-        payload: str | None = await self._read(self.redis.hget(f"{self._prefix}job:{job_id}", "payload"))
+        payload: str | None = await self._read(self.redis.hget(f"{self.prefix}job:{job_id}", "payload"))
         return payload
 
     async def tombstone(self, job_id: str) -> str | None:
         """The owner of a job that ended, for as long as its id is remembered."""
-        text: str | None = await self._read(self.redis.get(f"{self._prefix}tomb:{job_id}"))
+        text: str | None = await self._read(self.redis.get(f"{self.prefix}tomb:{job_id}"))
         return text.partition("|")[2] if text else None
 
     async def list(
@@ -116,7 +117,7 @@ class Reader:
 
     async def dead_letters(self, limit: int = 100) -> list_[JobRecord]:
         """Failed jobs that can be replayed, the latest first."""
-        ids: list_[str] = await self._read(self.redis.zrevrange(f"{self._prefix}dead", 0, limit - 1))
+        ids: list_[str] = await self._read(self.redis.zrevrange(f"{self.prefix}dead", 0, limit - 1))
         jobs = [await self.get(job_id) for job_id in ids]
         return [job for job in jobs if job is not None]
 
@@ -128,7 +129,7 @@ class Reader:
         if not _EVENT_ID.fullmatch(after):
             raise InvalidRequest("Last-Event-ID is not the id of an event of this service.")
         rows: list_[tuple[str, dict[str, str]]] = await self._read(
-            self.redis.xrange(f"{self._prefix}events:{job_id}", f"({after}", "+", count=limit)
+            self.redis.xrange(f"{self.prefix}events:{job_id}", f"({after}", "+", count=limit)
         )
         return [Event(event_id, row["type"], json.loads(row["data"])) for event_id, row in rows]
 
@@ -160,7 +161,7 @@ class Reader:
 
         Raises `Unavailable` when Redis is out of reach; once it runs it outlives outages.
         """
-        return await Listener.start(self.redis, self._prefix, self._patience_s)
+        return await Listener.start(self.redis, self.prefix, self._patience_s)
 
 
 list_ = list

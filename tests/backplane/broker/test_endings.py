@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-
 import pytest
 
 from bathyscope.errors import StateConflict, from_problem
@@ -208,14 +206,16 @@ async def test_what_ended_goes_and_leaves_a_tombstone(make_broker, new_job):
     assert (await broker.stats()).jobs == {}
 
 
-async def test_records_go_by_themselves_when_nobody_reaps(make_broker, new_job):
+async def test_records_go_by_themselves_when_nobody_reaps(make_broker, new_job, until):
     broker = make_broker(result_ttl_ms=30)
     job = new_job()
     await submit(broker, job)
     await broker.cancel(job.id)
-    async with asyncio.timeout(10):
-        while await broker.get(job.id) is not None:
-            await asyncio.sleep(0.01)
+
+    async def gone():
+        return await broker.get(job.id) is None
+
+    await until(gone)
     assert await broker.tombstone(job.id) == job.owner
     # Lists do not trip over what is gone, and the next reap tidies up.
     assert (await broker.list(None)).jobs == []
@@ -235,7 +235,19 @@ async def test_a_job_that_nobody_serves_expires(make_broker, new_job):
     assert await broker.finish(lease.ref, resource=None, timings={})
 
 
-async def test_a_dead_letter_is_replayed_with_a_clean_slate(broker, new_job):
+async def test_a_family_that_nobody_serves_expires_together(make_broker, new_job):
+    """The child ends with its parent, in the same reap that finds it overdue itself: its record stays all the same."""
+    broker = make_broker(queue_ttl_ms=100_000)
+    parent = new_job()
+    child = new_job(parents=(parent.id,))
+    await submit(broker, parent, child)
+    broker.clock_skew_ms += 200_000
+    reaped = await broker.reap()
+    assert (reaped.expired, reaped.purged) == ([parent.id], 0)
+    assert await statuses(broker, [parent, child]) == ["expired", "failed"]
+
+
+async def test_a_dead_letter_is_replayed_with_a_clean_slate(broker, new_job, redis, audit):
     job = new_job(max_attempts=1, payload='{"n": 1}')
     child = new_job(parents=(job.id,))
     await submit(broker, job, child)
@@ -246,6 +258,7 @@ async def test_a_dead_letter_is_replayed_with_a_clean_slate(broker, new_job):
     assert await broker.replay(job.id)
     assert not await broker.replay(job.id)
     assert await broker.tombstone(job.id) is None
+    await audit(redis, broker.prefix)  # among others: it does not expire any more
     record = await broker.get(job.id)
     assert (record.status, record.attempt, record.error, record.finished_at, record.expires_at) == (
         "queued", 0, None, None, None,

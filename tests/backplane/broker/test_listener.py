@@ -97,7 +97,7 @@ async def test_the_bell_tells_a_worker_what_to_stop(broker, new_job):
         assert not await other.wait(0)
 
 
-async def test_after_an_outage_everybody_looks_again(own_server, own_client, new_job):
+async def test_after_an_outage_everybody_looks_again(own_server, own_client, new_job, until):
     """What happened while the connection was down was published to nobody."""
     broker = Broker(own_client)
     job = new_job()
@@ -109,9 +109,7 @@ async def test_after_an_outage_everybody_looks_again(own_server, own_client, new
     ):
         for _ in range(2):
             own_server.stop()
-            async with asyncio.timeout(LONG):
-                while listener.connected:
-                    await asyncio.sleep(0.01)
+            await until(lambda: not listener.connected)
             own_server.start()
             assert await waiter.wait(LONG)
             assert await bell.wait(LONG)

@@ -12,7 +12,7 @@ import os
 from dataclasses import dataclass, field
 
 import hypothesis.strategies as st
-from hypothesis import HealthCheck, Phase, settings
+from hypothesis import HealthCheck, settings
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, rule, run_state_machine_as_test
 
 from bathyscope_backplane.broker import ENDED, Broker, BrokerLimits, Lease, connect
@@ -115,7 +115,7 @@ class Machine(RuleBasedStateMachine):
     def write(self, lease: Lease, deed: str) -> None:
         ref, broker = lease.ref, self.broker
         holds = self.model.holder[ref.job_id] == ref.token
-        again = self.model.deeds.get((ref.job_id, ref.token)) == deed
+        again = self.family(self.model.deeds.get((ref.job_id, ref.token))) == self.family(deed)
         cancelled = holds and self.run(broker.get(ref.job_id)).cancel_requested
         call = {
             "finish": lambda: broker.finish(ref, resource="/v1/x", timings={}),
@@ -135,10 +135,8 @@ class Machine(RuleBasedStateMachine):
             assert reply == ["cancelled" if cancelled else "held" if holds else "lost"]
             return
         if not holds:
-            same = {"final": "retry", "retry": "final", "alone": "drain", "together": "drain"}
-            again = again or self.family(self.model.deeds.get((ref.job_id, ref.token))) == self.family(deed)
-            assert same
-            assert not reply or again
+            # True only for the very deed that ended this attempt: its answer may have been lost.
+            assert reply == again
             assert self.run(broker.get(ref.job_id)) == before
             return
         assert reply
@@ -245,8 +243,7 @@ class Machine(RuleBasedStateMachine):
             raise AssertionError("stuck")
         for id in self.model.holder:
             record = await self.broker.get(id)
-            assert (record is None) == (self.model.ended.get(id) == "gone") or record is None
-            assert record is None or record.status in ENDED
+            assert record.status in ENDED if record else await self.broker.tombstone(id)
         await self.audit(self.redis, prefix)
         # And when their time is over nothing is left of them.
         self.broker.clock_skew_ms += LIMITS.result_ttl_ms + 1_000
@@ -262,10 +259,9 @@ def test_every_job_ends_once(server, audit, new_job):
     run_state_machine_as_test(
         lambda: Machine(server.url, audit, new_job),
         settings=settings(
-            max_examples=int(os.environ.get("BATHYSCOPE_TEST_EXAMPLES", "40")),
+            max_examples=int(os.environ.get("BATHYSCOPE_TEST_EXAMPLES", "60")),
             stateful_step_count=40,
             deadline=None,
-            phases=[Phase.explicit, Phase.generate, Phase.shrink],
             suppress_health_check=list(HealthCheck),
         ),
     )

@@ -77,21 +77,14 @@ def test_jobs_that_come_together_share_batches(start_engine: Any, tiny_llama: Mo
     engine.until("loaded")
     names = [f"job_{index}" for index in range(6)]
     for index, name in enumerate(names):
-        engine.run(name, tiny_llama, inputs(random_ids, 1 + index), layers=[3, index % 4], owner=f"key_{index}")
+        engine.run(name, tiny_llama, inputs(random_ids, 1 + index), layers=[4, index % 4], owner=f"key_{index}")
     ended = engine.finished(*names)
     assert any(len(event["ids"]) > 1 for event in engine.log if event["ev"] == "running")
     for index, name in enumerate(names):
         together = load_file(ended[name]["result"]["path"])["hidden_states"]
-        alone = (
-            engine.extract(
-                f"alone_{index}", tiny_llama, inputs(random_ids, 1 + index), layers=[3, index % 4], solo=True
-            )
-            if index % 4 != 3
-            else None
-        )
-        if alone is not None:
-            torch.testing.assert_close(together, alone["hidden_states"], rtol=1e-4, atol=1e-6)
-    assert ended["job_3"]["ev"] == "failed" if 3 % 4 == 3 else True
+        given = inputs(random_ids, 1 + index)
+        alone = engine.extract(f"alone_{index}", tiny_llama, given, layers=[4, index % 4], solo=True)
+        torch.testing.assert_close(together, alone["hidden_states"], rtol=1e-4, atol=1e-6)
 
 
 def test_a_new_job_joins_at_the_next_batch(start_engine: Any, tiny_llama: ModelSpec, random_ids: Ids) -> None:
@@ -105,15 +98,14 @@ def test_a_new_job_joins_at_the_next_batch(start_engine: Any, tiny_llama: ModelS
 
 def test_progress_of_long_jobs_only(start_engine: Any, tiny_llama: ModelSpec, random_ids: Ids) -> None:
     engine = start_engine(batch_tokens=20)
-    engine.run("long", tiny_llama, inputs(random_ids, 1500), layers=[4])
+    engine.run("long", tiny_llama, inputs(random_ids, 700), layers=[4])
     engine.finished("long")
     told = [event for event in engine.log if event["ev"] == "progress" and event["stage"] == "forward"]
     seconds = next(event["timings"]["total"] for event in engine.log if event["ev"] == "done")
     assert 1 <= len(told) <= seconds / 0.5 + 1
     assert [event["done"] for event in told] == sorted(event["done"] for event in told)
-    assert all(event["total"] == 1500 and event["unit"] == "inputs" for event in told)
-    beats = sum(event["ev"] == "beat" for event in engine.log)
-    assert beats >= 1500
+    assert all(event["total"] == 700 and event["unit"] == "inputs" for event in told)
+    assert sum(event["ev"] == "beat" for event in engine.log) >= 700
 
 
 def test_cancel_between_batches(start_engine: Any, tiny_llama: ModelSpec, random_ids: Ids) -> None:

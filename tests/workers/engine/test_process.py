@@ -101,8 +101,8 @@ import socket, subprocess, sys, time
 ours, theirs = socket.socketpair()
 # A second process holds the pipe open, so that only the kernel's signal can end the engine.
 keeper = subprocess.Popen(["sleep", "600"], pass_fds=[ours.fileno()])
-engine = subprocess.Popen([sys.executable, "-m", "bathyscope_workers.engine", "--kind", "cpu", "--fd", str(theirs.fileno())],
-                          pass_fds=[theirs.fileno()])
+command = [sys.executable, "-m", "bathyscope_workers.engine", "--kind", "cpu", "--fd", str(theirs.fileno())]
+engine = subprocess.Popen(command, pass_fds=[theirs.fileno()])
 ours.recv(4)
 print(keeper.pid, engine.pid, flush=True)
 time.sleep(600)

@@ -46,7 +46,8 @@ def test_as_transformers_renders_it(renderer: ChatRenderer, smollm2_resident: Re
 
 def test_what_templates_use(renderer: ChatRenderer) -> None:
     template = (
-        "{{ bos_token }}{% for m in messages %}{% if loop.index > 2 %}{% break %}{% endif %}{{ m | tojson }}{% endfor %}"
+        "{{ bos_token }}{% for m in messages %}{% if loop.index > 2 %}{% break %}{% endif %}"
+        "{{ m | tojson }}{% endfor %}"
         "{% set n = namespace(x=1) %}{% set n.x = 2 %}{{ n.x }}{{ strftime_now('%Y') | length }}"
     )
     assert render(renderer, template).startswith('<s>{"role": "user", "content": "How deep is it? 🌊"}')
@@ -75,12 +76,12 @@ def test_what_is_refused(renderer: ChatRenderer, template: str, why: str) -> Non
     [
         "{% for a in range(99999) %}{% for b in range(99999) %}{% set c = a %}{% endfor %}{% endfor %}",
         "{{ 9 ** (9 ** 9) }}",
-        "{{ ('(a' * 30 + 'b') | replace('a', 'aa' * 10**7) | length }}{% for a in range(99999) %}{{ a ** 9999 }}{% endfor %}",
+        "{{ 'ab' | replace('a', 'aa' * 10**7) | length }}{% for a in range(99999) %}{{ a ** 9999 }}{% endfor %}",
     ],
 )
 def test_what_never_ends(renderer: ChatRenderer, template: str) -> None:
     started = time.monotonic()
-    with pytest.raises(TemplateFault, match="did not finish|memory"):
+    with pytest.raises(TemplateFault, match=r"did not finish|memory"):
         render(renderer, template)
     assert time.monotonic() - started < 10
     assert render(renderer, "fine") == "fine"

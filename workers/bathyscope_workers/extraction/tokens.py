@@ -166,6 +166,7 @@ class InputReader:
             self.fault(index, str(fault))
             if fault.bounds:
                 self.raise_faults()
+            return _Prepared(index)
         return _Prepared(index, text=text, special=False)
 
     def _given_ids(self, index: int, given: list[Any]) -> Ids | None:

@@ -90,9 +90,7 @@ class Supervisor:
             grace = self._plane.settings.worker.grace_seconds
             _log.info("worker.draining", jobs=sum(len(slot.attempts) for slot in self._slots))
             await asyncio.gather(*(slot.stop(grace, self._hurry) for slot in self._slots))
-            for task in [*slots, *keepers, stopped]:
-                task.cancel()
-            await asyncio.gather(*slots, *keepers, stopped, return_exceptions=True)
+            await _end([*slots, *keepers, stopped])
 
     def _slot(self, kind: Any, bell: Bell, scratch: Path) -> Slot:
         settings = self._plane.settings
@@ -202,6 +200,15 @@ class Supervisor:
                 job_id = key.removeprefix("inputs/").removesuffix(".jsonl")
                 if await self._plane.broker.get(job_id) is None:
                     await self._plane.store.delete(key)
+
+
+async def _end(tasks: list[asyncio.Task[Any]]) -> None:
+    """Cancel tasks until they have ended: one cancellation may be lost where it meets a reply or a timeout."""
+    pending = set(tasks)
+    while pending:
+        for task in pending:
+            task.cancel()
+        _, pending = await asyncio.wait(pending, timeout=0.5)
 
 
 def claim_scratch(root: Path, name: str) -> tuple[Path, IO[bytes]]:

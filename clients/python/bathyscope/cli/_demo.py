@@ -101,7 +101,8 @@ def _own_service(config: Path | None, data_dir: Path | None) -> Iterator[str]:
 
     with ExitStack() as cleanup:
         if data_dir is None:
-            data_dir = Path(cleanup.enter_context(tempfile.TemporaryDirectory(prefix="bathyscope-demo-")))
+            scratch = tempfile.TemporaryDirectory(prefix="bathyscope-demo-", ignore_cleanup_errors=True)
+            data_dir = Path(cleanup.enter_context(scratch))
         host = "127.0.0.1"
         settings = settings_of(config, data_dir=data_dir, host=host, port=free_port(host))
         stack = Stack(settings, tell=_say, logs=settings.data_dir / "logs")
@@ -111,9 +112,9 @@ def _own_service(config: Path | None, data_dir: Path | None) -> Iterator[str]:
             with _tended(stack.tend):
                 yield stack.url
         finally:
-            # A Ctrl-C here must not leave a process behind; a second one hurries.
-            with stop_signals() as signals:
-                stack.stop(hurry=signals.any)
+            # Nothing is left to drain, and a Ctrl-C here must not leave a process behind.
+            with stop_signals():
+                stack.stop(hurry=lambda: True)
 
 
 @contextmanager

@@ -32,7 +32,14 @@ def list_jobs(
         print_json([job.model_dump(mode="json") for job in jobs])
         return
     rows: list[list[object]] = [
-        [job.id, job.kind, job.status, _progress(job), _ago(job.created_at), job.resource or _reason(job)]
+        [
+            job.id,
+            job.kind,
+            job.status,
+            _progress(job),
+            _ago(job.created_at),
+            job.error.detail if job.error is not None else job.resource,
+        ]
         for job in jobs
     ]
     print_table(["id", "kind", "status", "progress", "age", "result"], rows, empty="No jobs.")

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 _READY_SECONDS = 120.0
 _TICK = 0.1
+_BETWEEN_SIGNALS = 0.5
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 30.0
 _STEADY_SECONDS = 60.0
 """A child that lived so long is started again without a pause."""
@@ -101,13 +102,16 @@ class _Child:
             self._close_lifeline()
             return
         self._signal(signal.SIGTERM)
-        deadline, hurried = time.monotonic() + seconds, False
+        began = time.monotonic()
+        deadline, hurried = began + seconds, False
         while self.status() is None:
-            if hurry() and not hurried:
+            now = time.monotonic()
+            # Two signals of a kind that arrive together count as one.
+            if not hurried and now - began >= _BETWEEN_SIGNALS and hurry():
                 hurried = True
                 self._signal(signal.SIGTERM)
-                deadline = min(deadline, time.monotonic() + 10.0)
-            if time.monotonic() > deadline:
+                deadline = min(deadline, now + 10.0)
+            if now > deadline:
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(self._process.pid, signal.SIGKILL)
                 self._process.wait()

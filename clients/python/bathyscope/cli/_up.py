@@ -20,16 +20,18 @@ def up(config: Config = None, host: Host = None, port: Port = None, data_dir: Da
 
     stack = Stack(settings, tell=_say)
     with stop_signals() as signals:
+        served = False
         try:
             stack.start(stopping=signals.any)
             if not signals.any():
+                served = True
                 _say(f"Bathyscope listens on {stack.url}, documentation at {stack.url}/docs. Ctrl-C ends it.")
             while not signals.any():
                 stack.tend()
                 time.sleep(0.2)
             _say("Draining: running jobs are finished or put back. Ctrl-C again hurries.")
         finally:
-            stack.stop(hurry=signals.twice)
+            stack.stop(hurry=lambda: signals.twice() or not served)
     if signals.interrupted:
         raise KeyboardInterrupt
 

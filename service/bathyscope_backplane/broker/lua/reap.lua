@@ -37,8 +37,11 @@ for _, id in ipairs(over) do
     purge(id, owner, status)
     purged = purged + 1
   elseif job.state == 'ended' then
-    purge(id, job.owner, job.status)
-    purged = purged + 1
+    -- Not when it ended just now, with a parent of this same batch.
+    if tonumber(job.expires_at) <= now then
+      purge(id, job.owner, job.status)
+      purged = purged + 1
+    end
   elseif job.state == 'running' then
     redis.call('ZADD', prefix .. 'expiry', now + terms.queue_ttl_ms, id)
   else

@@ -1,0 +1,68 @@
+"""`python -m benchmarks`: see README.md."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from rich.console import Console
+
+from benchmarks import machine, report
+from benchmarks.bench import Bench
+from benchmarks.measure import ForeignLoad
+from benchmarks.report import Row
+from benchmarks.rows import memory, mixed, one_text
+from benchmarks.stack import running
+
+ROWS: dict[str, Callable[[Bench], Row]] = {
+    "mixed-float32": mixed.float32,
+    "mixed-bfloat16": mixed.bfloat16,
+    "one-text": one_text.run,
+    "memory": memory.run,
+}
+_BFLOAT16_ONLY = {"mixed-bfloat16"}
+
+
+def main() -> int:
+    """Run the rows; 0 also when a goal is missed, since a slow machine is no broken build."""
+    options = _parser().parse_args()
+    # The terminal's own width where there is one; in a log, wide enough not to fold every cell.
+    console = Console(width=None if sys.stdout.isatty() else 150)
+    wanted = options.only or [name for name in ROWS if name not in _BFLOAT16_ONLY or machine.has_fast_bfloat16()]
+    about = machine.describe()
+    rows: list[Row] = []
+    with running() as stack, stack.client() as client:
+        bench = Bench(stack, client, options.full, console)
+        bench.say("the stack is up; loading the model")
+        bench.warm("float32")
+        bench.threads = stack.threads()
+        about["threads"] = bench.threads
+        for name in wanted:
+            bench.say(f"{name} …")
+            started = time.monotonic()
+            with ForeignLoad(stack.processes().values()) as load:
+                row = ROWS[name](bench)
+            row.foreign_cores, row.seconds = load.cores, time.monotonic() - started
+            rows.append(row)
+            report.write(options.json, rows, about, {"full": options.full, "rows": wanted})
+    report.show(rows, about, console)
+    if not machine.has_fast_bfloat16() and "mixed-bfloat16" not in wanted:
+        console.print("No bfloat16 row: this processor has neither AMX nor AVX-512 BF16.")
+    console.print(f"written to {options.json}")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Ratios, measured alternately in one run.")
+    parser.add_argument("--only", action="append", choices=list(ROWS), help="this row; may be given again")
+    parser.add_argument("--full", action="store_true", help="the large sizes: about half an hour on two cores")
+    default = Path(__file__).parent / "results" / "latest.json"
+    parser.add_argument("--json", type=Path, default=default, help="where the JSON goes")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,144 @@
+"""A private installation on loopback: embedded Valkey, a service and a worker, each a real process.
+
+Its data folder is temporary. Only the converted model is kept between runs (`.cache/models`): converting the packaged
+GGUF file takes half a minute and is not what is measured.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import bathyscope
+import psutil
+from bathyscope.cli._server import LIFELINE
+from bathyscope.errors import BathyscopeError
+from bathyscope_backplane.embedded import EmbeddedServer
+
+MODEL = "smollm2"
+_CACHE = Path(__file__).parent / ".cache"
+_READY_SECONDS = 180.0
+
+
+class Stack:
+    """The running processes."""
+
+    def __init__(self, data_dir: Path) -> None:
+        self.data_dir = data_dir
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = int(probe.getsockname()[1])
+        self.url = f"http://127.0.0.1:{port}"
+        self._valkey = EmbeddedServer(data_dir)
+        self.redis_url = self._valkey.start()
+        self._environment = {
+            **{name: value for name, value in os.environ.items() if not name.startswith("BATHYSCOPE_")},
+            "BATHYSCOPE_DATA_DIR": str(data_dir),
+            "BATHYSCOPE_REDIS_URL": self.redis_url,
+            "BATHYSCOPE_PORT": str(port),
+            "BATHYSCOPE_LOG_LEVEL": "warning",
+        }
+        self._lifeline = os.pipe()
+        """The children drain when this process dies and its writing end closes."""
+        self._children: dict[str, subprocess.Popen[bytes]] = {}
+        self._logs = data_dir / "logs"
+
+    def start(self) -> None:
+        """Start service and worker and wait until work would be done."""
+        self._logs.mkdir()
+        for name in ("service", "worker"):
+            with (self._logs / f"{name}.log").open("wb") as log:
+                self._children[name] = subprocess.Popen(
+                    [sys.executable, "-P", "-m", "bathyscope.cli", name],
+                    env={**self._environment, LIFELINE: str(self._lifeline[0])},
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                    pass_fds=[self._lifeline[0]],
+                    start_new_session=True,
+                )
+        deadline = time.monotonic() + _READY_SECONDS
+        with bathyscope.Client(self.url, max_retries=0, timeout=5.0) as client:
+            while True:
+                with contextlib.suppress(BathyscopeError):
+                    if client.ready().ready:
+                        return
+                if time.monotonic() > deadline or any(child.poll() is not None for child in self._children.values()):
+                    raise RuntimeError(f"the stack did not start:\n{self.said()}")
+                time.sleep(0.1)
+
+    def stop(self) -> None:
+        """End the worker, the service, then Valkey."""
+        for name in ("worker", "service"):
+            child = self._children.get(name)
+            if child is None:
+                continue
+            child.terminate()
+            try:
+                child.wait(40)
+            except subprocess.TimeoutExpired:
+                child.kill()
+                child.wait()
+        self._valkey.stop()
+        for handle in self._lifeline:
+            os.close(handle)
+
+    def client(self) -> bathyscope.Client:
+        """A client whose large results lie in the data folder."""
+        return bathyscope.Client(self.url, timeout=600.0, cache_dir=self.data_dir / "client")
+
+    def said(self) -> str:
+        """The ends of the logs."""
+        return "\n".join(f"--- {path.name}\n{path.read_text()[-3000:]}" for path in sorted(self._logs.glob("*.log")))
+
+    def processes(self) -> dict[str, int]:
+        """Process ids by role: `service`, `supervisor`, `model engine`, `cpu engine`, `valkey`."""
+        found = {"service": self._children["service"].pid, "supervisor": self._children["worker"].pid}
+        for child in psutil.Process(found["supervisor"]).children(recursive=True):
+            with contextlib.suppress(psutil.Error):
+                words = child.cmdline()
+                if "bathyscope_workers.engine" in words:
+                    found[f"{words[words.index('--kind') + 1]} engine"] = child.pid
+        if self._valkey.pid is not None:
+            found["valkey"] = self._valkey.pid
+        return found
+
+    def threads(self) -> int:
+        """Threads of the model engine's torch, as the worker tells them."""
+        with self.client() as client:
+            for worker in client.version().workers:
+                told = re.match(r"(\d+) CPU threads", str(worker.get("device_name")))
+                if told is not None:
+                    return int(told[1])
+        raise RuntimeError("no worker on CPU is known to the service")
+
+    def model_folder(self, revision: str) -> Path:
+        """The converted model of that revision (`gguf:<digest>`): the reference loads the files that the worker loads."""
+        found = sorted((self.data_dir / "models").glob(f"{MODEL}-{revision.removeprefix('gguf:')}-*/config.json"))
+        if not found:
+            raise RuntimeError(f"no converted folder of {MODEL} has revision {revision}")
+        return found[-1].parent
+
+
+@contextlib.contextmanager
+def running() -> Iterator[Stack]:
+    """A private installation, ended and removed afterwards."""
+    with tempfile.TemporaryDirectory(prefix="bathyscope-bench-", ignore_cleanup_errors=True) as folder:
+        data_dir = Path(folder)
+        kept = _CACHE / "models"
+        kept.mkdir(parents=True, exist_ok=True)
+        (data_dir / "models").symlink_to(kept)
+        stack = Stack(data_dir)
+        try:
+            stack.start()
+            yield stack
+        finally:
+            stack.stop()
