@@ -56,7 +56,9 @@ def main() -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Ratios, measured alternately in one run.")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks", description="Ratios, measured alternately in one run."
+    )
     parser.add_argument("--only", action="append", choices=list(ROWS), help="this row; may be given again")
     parser.add_argument("--full", action="store_true", help="the large sizes: about half an hour on two cores")
     default = Path(__file__).parent / "results" / "latest.json"

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-import bathyscope
-from bathyscope import Extraction
 from rich.console import Console
 
+import bathyscope
+from bathyscope import Extraction
 from benchmarks.reference import Reference
 from benchmarks.stack import MODEL, Stack
 
@@ -46,4 +46,3 @@ class Bench:
     def say(self, text: str) -> None:
         """A line of progress."""
         self.console.print(f"[dim]{text}[/]", highlight=False)
-

@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 
-_WORDS = """
+_WORDS: list[str] = """
 about above across after again against almost along already always among animal answer appear around arrive autumn
 because become before begin behind believe below between beyond boat body both bottom bread break bridge bring brother
 build carry catch cause centre century change child choose circle city clear climb close cloud coast cold colour come
@@ -18,17 +18,17 @@ down draw drink during early earth east enough evening every face fall family fa
 floor flow flower follow food foot force forest form four friend from garden give glass gold good grass great green
 ground group grow half hand happen harbour hard have hear heart heat heavy help high hill history hold home horse hour
 house human hundred idea inside iron island join journey keep kind king know lake land language large last late laugh
-lead learn leave letter level light line listen little live long look lost love make many mark market mean measure meet
-middle might mile mind minute moment money moon morning mother mountain mouth move much music name near need never new
-night north nothing number ocean often open order other over page paper part pass past path people perhaps place plain
-plan plant point power press price question quick quiet rain reach read reason remember rest rich ride right rise river
-road rock room root round run sail salt same sand save school sea season second seem send serve seven shadow shape ship
-shore short show side silver simple since sister sleep slow small snow some song soon sound south speak spring stand
-star start state station stone story strange stream street strong study summer sun surface table tell thing think third
-thousand through time today together town trade travel tree true turn under until valley village voice wait walk wall
-want warm watch water wave weather west what wheel while white whole wide wild wind window winter wire wood word work
-world write year young
-""".split()
+lead learn leave letter level light line listen little live long look lost love make many mark market mean measure
+meet middle might mile mind minute moment money moon morning mother mountain mouth move much music name near need
+never new night north nothing number ocean often open order other over page paper part pass past path people perhaps
+place plain plan plant point power press price question quick quiet rain reach read reason remember rest rich ride
+right rise river road rock room root round run sail salt same sand save school sea season second seem send serve seven
+shadow shape ship shore short show side silver simple since sister sleep slow small snow some song soon sound south
+speak spring stand star start state station stone story strange stream street strong study summer sun surface table
+tell thing think third thousand through time today together town trade travel tree true turn under until valley
+village voice wait walk wall want warm watch water wave weather west what wheel while white whole wide wild wind
+window winter wire wood word work world write year young
+""".split()  # noqa: SIM905  a list would take a line a word
 
 LENGTHS = (5, 170)
 """Tokens of the shortest and the longest text of the mixed corpus."""

@@ -17,8 +17,9 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import bathyscope
 import psutil
+
+import bathyscope
 from bathyscope.cli._server import LIFELINE
 from bathyscope.errors import BathyscopeError
 from bathyscope_backplane.embedded import EmbeddedServer
@@ -121,7 +122,7 @@ class Stack:
         raise RuntimeError("no worker on CPU is known to the service")
 
     def model_folder(self, revision: str) -> Path:
-        """The converted model of that revision (`gguf:<digest>`): the reference loads the files that the worker loads."""
+        """The converted model of a revision (`gguf:<digest>`): the reference loads the files that the worker loads."""
         found = sorted((self.data_dir / "models").glob(f"{MODEL}-{revision.removeprefix('gguf:')}-*/config.json"))
         if not found:
             raise RuntimeError(f"no converted folder of {MODEL} has revision {revision}")

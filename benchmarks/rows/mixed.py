@@ -172,9 +172,7 @@ def _row(contest: _Contest, found: dict[str, Spread], rounds: int) -> Row:
             against_loop.ratio.median >= goals.ratio,
         )
     )
-    row.goals.append(
-        Goal(f">= {goals.share:.0%} of the arithmetic", share.show("{:.0%}"), share.median >= goals.share)
-    )
+    row.goals.append(Goal(f">= {goals.share:.0%} of the arithmetic", share.show("{:.0%}"), share.median >= goals.share))
     row.notes = [
         f"arithmetic limit {limit.show('{:.0f}')} tokens/s: {per_token / 1e6:.1f} M multiply-adds a token "
         f"({work.projections / 1e6:.1f} M in matrices) at {_gflops(found['matrices'])} GFLOP/s",

@@ -182,7 +182,7 @@ def failure(job: types.Job) -> BathyscopeError:
         error = UnexpectedAnswer(f"{job.id} is {job.status} and names neither a resource nor an error")
     else:
         error = StateConflict(f"{job.id} is {job.status}; wait for it")
-    vars(error)["job"] = job
+    error.job = job
     return error
 
 

@@ -56,6 +56,9 @@ class FieldError(TypedDict):
 class BathyscopeError(Exception):
     """The root of every error that Bathyscope raises."""
 
+    job: Any = None
+    """The job that did not succeed, when the SDK raised this for one."""
+
 
 class ConnectionFailed(BathyscopeError):
     """The service could not be reached, or the connection broke, after every retry."""

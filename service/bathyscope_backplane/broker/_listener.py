@@ -115,9 +115,9 @@ class Listener:
     async def aclose(self) -> None:
         """Stop listening and wake everybody."""
         if self._task is not None:
-            self._task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._task
+            while not self._task.done():  # a cancellation may be lost where it meets a reply of redis-py
+                self._task.cancel()
+                await asyncio.wait({self._task}, timeout=0.5)
             self._task = None
         self.wake_all()
 

@@ -124,7 +124,8 @@ def test_it_dies_with_its_parent() -> None:
     try:
         assert alive(engine)
         supervisor.kill()
-        supervisor.communicate()
+        supervisor.wait()
+        supervisor.stdout.close()
         deadline = time.monotonic() + 10
         while alive(engine) and time.monotonic() < deadline:
             time.sleep(0.02)

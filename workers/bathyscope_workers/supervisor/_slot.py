@@ -85,8 +85,7 @@ class Slot:
         """Take jobs until told to drain."""
         while not self._draining:
             try:
-                await self._ensure_engine()
-                worked = await self._take()
+                worked = await self._ensure_engine() and await self._take()
             except Unavailable as error:
                 _log.warning("worker.redis_out_of_reach", error=error.detail)
                 await asyncio.sleep(0.5)
@@ -240,7 +239,8 @@ class Slot:
 
     # --- the engine ---------------------------------------------------------------------------------------
 
-    async def _ensure_engine(self) -> None:
+    async def _ensure_engine(self) -> bool:
+        """Whether the engine can take commands; starts one when there is none."""
         if self._engine is None or not self._engine.alive:
             if self._deaths:  # not faster than it can start
                 await asyncio.sleep(min(0.2 * 2 ** min(self._deaths, 6), 10.0))
@@ -250,10 +250,9 @@ class Slot:
             await self._engine.start()
         if not self._ready.is_set():
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(5):
+                async with asyncio.timeout(0.5):
                     await self._ready.wait()
-            if not self._ready.is_set():
-                raise Unavailable("the engine is starting")
+        return self._ready.is_set()
 
     def _send(self, command: Any) -> None:
         if self._engine is not None:
@@ -266,6 +265,7 @@ class Slot:
                 self.device = event
                 self._deaths = 0
                 self._ready.set()
+                self._bell.wake()
                 self._changed()
             case "running":
                 self._running = set(event["ids"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from enum import StrEnum
 from typing import Annotated, Literal
 
@@ -94,7 +93,7 @@ def import_model(
     """Check a model and add it to this machine's list of models (`models.toml`)."""
     settings = settings_of(config, data_dir=data_dir)
     with needs("worker"):
-        models_import = importlib.import_module("bathyscope_workers.models_import")
+        from bathyscope_workers import models_import
     chosen = [item.value for item in quantization] if quantization else None
     added = models_import.import_model(settings, source, name, quantizations=chosen)
     typer.echo(f"{added} is in {settings.models_path}; running services offer it after a restart.")

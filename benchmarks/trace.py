@@ -1,0 +1,110 @@
+"""Where a job's time goes, seen from the queue: Redis MONITOR tells each command with its microsecond.
+
+Nothing is added to the product for this. MONITOR costs the server a little, so traced requests are not the timed ones.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import redis
+
+from bathyscope_backplane.broker import _scripts
+
+if TYPE_CHECKING:
+    from benchmarks.rows.one_text import Times
+
+_SCRIPTS = {
+    script.sha: name for name, script in vars(_scripts).items() if isinstance(getattr(script, "sha", None), str)
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """One command."""
+
+    at: float
+    """Unix time by the server's clock, which is this machine's."""
+    name: str
+    """The script's name, or the command in lower case."""
+    text: str
+    """The whole of it."""
+
+
+class Trace:
+    """Listens while the block runs."""
+
+    def __init__(self, url: str) -> None:
+        self._client = redis.Redis.from_url(url)
+        self._events: list[Event] = []
+        self._lock = threading.Lock()
+        self._ready = threading.Event()
+        self._thread = threading.Thread(target=self._listen, daemon=True)
+
+    def __enter__(self) -> Trace:
+        self._thread.start()
+        self._ready.wait(5)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._client.close()
+
+    def clear(self) -> None:
+        """Forget what was heard."""
+        with self._lock:
+            self._events.clear()
+
+    def events(self) -> list[Event]:
+        """What was heard since, after a moment for what is under way."""
+        time.sleep(0.05)
+        with self._lock:
+            return list(self._events)
+
+    def _listen(self) -> None:
+        monitor: Any = self._client.monitor()
+        with contextlib.suppress(redis.RedisError, OSError, ValueError), monitor:
+            self._ready.set()
+            for heard in monitor.listen():
+                if heard["client_type"] == "lua":
+                    continue
+                words = heard["command"].split(" ", 2)
+                name = words[0].lower()
+                if name == "evalsha" and len(words) > 1:
+                    name = _SCRIPTS.get(words[1], name)
+                with self._lock:
+                    self._events.append(Event(float(heard["time"]), name, heard["command"]))
+
+
+def stages(events: list[Event], job_id: str, started: float, times: Times) -> dict[str, float]:
+    """Milliseconds of each stage of one request that began at `started` (Unix time). They sum up to the total."""
+    marks = {"sent": started}
+    for event in events:
+        if event.name in ("submit", "renew", "finish") and job_id in event.text:
+            # The check that the lease is held is the last renewal before the commit.
+            marks[event.name] = event.at
+        elif event.name == "take" and "submit" in marks and "take" not in marks:
+            marks["take"] = event.at
+        elif event.name == "set" and job_id in event.text:
+            marks["set"] = event.at
+    answered = started + times.post / 1e3
+    ways = {
+        "client, HTTP, checks, to the queue": ("sent", "submit"),
+        "queue: doorbell to take": ("submit", "take"),
+        "engine, with the forward": ("take", "renew"),
+        "lease check, manifest": ("renew", "set"),
+        "index, finish": ("set", "finish"),
+    }
+    found = {
+        name: 1e3 * (marks[end] - marks[begin])
+        for name, (begin, end) in ways.items()
+        if begin in marks and end in marks
+    }
+    if "engine, with the forward" in found:
+        found["of which not the forward"] = found["engine, with the forward"] - times.inference
+    if "finish" in marks:
+        found["finish to the answer of the POST"] = 1e3 * (answered - marks["finish"])
+    return {**found, "GET the extraction": times.describe, "GET the states, array": times.get}
