@@ -23,6 +23,7 @@ import tomllib
 from pathlib import Path
 from typing import Any, Literal
 
+import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from bathyscope.errors import ModelUnknown, SetupError
@@ -133,19 +134,9 @@ def append_model(path: Path, entry: ModelEntry) -> None:
     others = [other for other in _from_file(path) if other.name != entry.name]
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(_toml(item) for item in [*others, entry]), encoding="utf-8")
+    entries = [item.model_dump(exclude_none=True, exclude_defaults=True) for item in [*others, entry]]
+    temporary.write_text(tomli_w.dumps({"models": entries}), encoding="utf-8")
     temporary.replace(path)
-
-
-def _toml(entry: ModelEntry) -> str:
-    lines = ["[[models]]"]
-    for name, value in entry.model_dump(exclude_none=True, exclude_defaults=True).items():
-        if isinstance(value, dict):
-            inner = ", ".join(f"{key} = {json.dumps(item)}" for key, item in value.items())
-            lines.append(f"{name} = {{ {inner} }}")
-        else:  # a JSON string, number or list of strings is TOML as well
-            lines.append(f"{name} = {json.dumps(value)}")
-    return "\n".join(lines) + "\n\n"
 
 
 def _from_file(path: Path) -> list[ModelEntry]:
@@ -158,8 +149,11 @@ def _from_file(path: Path) -> list[ModelEntry]:
     unknown = set(content) - {"models"}
     if unknown:
         raise SetupError(f"The list of models {path} has an unknown table {sorted(unknown)[0]!r}; it holds [[models]].")
+    listed = content.get("models", [])
+    if not isinstance(listed, list):
+        raise SetupError(f"The list of models {path} holds no [[models]] tables.")
     entries = []
-    for number, item in enumerate(content.get("models", [])):
+    for number, item in enumerate(listed):
         try:
             entries.append(ModelEntry.model_validate(item))
         except ValidationError as error:

@@ -76,7 +76,7 @@ class JobSettings(_Group):
     tombstone_days: float = Field(default=30.0, gt=0)
     """How long after that `410` is told from `404`."""
 
-    aging_seconds: float = Field(default=300.0, gt=0)
+    aging_seconds: float = Field(default=60.0, gt=0)
     """Waiting this long raises a job by one priority."""
 
 
@@ -112,9 +112,6 @@ class WorkerSettings(_Group):
 
     concurrent_jobs: int = Field(default=32, ge=1, le=1024)
     """Jobs of one model that a worker holds at a time."""
-
-    fail_at: str | None = None
-    """For fault tests only: the point at which the engine kills itself."""
 
 
 class Settings(BaseSettings):

@@ -18,13 +18,19 @@ from typing import Any
 from urllib.parse import unquote, urlparse
 
 import obstore
+import structlog
 from obstore.exceptions import AlreadyExistsError, BaseError
 from obstore.store import LocalStore, from_url
 
 from bathyscope.errors import SetupError, Unavailable
 
 CHUNK_BYTES = 4 * 2**20
-"""Size of the pieces in which objects are read and written."""
+"""Size of the pieces in which objects are read."""
+
+_PART_BYTES = 16 * 2**20
+"""Size of the parts of an upload; S3 wants 5 MiB at least."""
+
+_log = structlog.get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +79,7 @@ class ArtifactStore:
         digest, size = await asyncio.to_thread(_digest, path)
         if self._folder is not None and await asyncio.to_thread(_adopt, path, self._folder / key):
             return Blob(key, size, digest)
-        await self._run(obstore.put_async(self._store, key, path, chunk_size=CHUNK_BYTES, max_concurrency=4))
+        await self._run(obstore.put_async(self._store, key, path, chunk_size=_PART_BYTES, max_concurrency=4))
         await self._settle(key)
         await asyncio.to_thread(path.unlink, missing_ok=True)
         return Blob(key, size, digest)
@@ -143,7 +149,7 @@ class ArtifactStore:
                 for entry in page:
                     yield entry["path"]
         except BaseError as error:
-            raise Unavailable(f"The artifact store does not answer: {_brief(error)}") from error
+            raise _unavailable(error) from error
 
     async def check(self) -> None:
         """Raise `Unavailable` unless the store answers."""
@@ -155,9 +161,7 @@ class ArtifactStore:
         except (AlreadyExistsError, FileNotFoundError):
             raise
         except (BaseError, OSError) as error:
-            raise Unavailable(
-                f"The artifact store does not answer: {_brief(error)}. Try again later.", retry_after=5
-            ) from error
+            raise _unavailable(error) from error
 
     async def _settle(self, key: str) -> None:
         """A folder's files are flushed to the disk, as an object store's are: 'succeeded' must survive a power cut."""
@@ -165,8 +169,10 @@ class ArtifactStore:
             await asyncio.to_thread(_flush, self._folder / key)
 
 
-def _brief(error: BaseException) -> str:
-    return str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+def _unavailable(error: BaseException) -> Unavailable:
+    """The store's own words hold addresses that are no business of a client: they go to the log."""
+    _log.error("store.fault", error=str(error)[:2000])
+    return Unavailable("The artifact store is out of reach; try again in a moment.", retry_after=5)
 
 
 def _digest(path: Path) -> tuple[str, int]:

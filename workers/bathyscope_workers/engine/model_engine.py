@@ -1,8 +1,8 @@
 """The engine of kind model: extractions on resident models, batch after batch.
 
 One thread does everything but reading the pipe. Each turn of its loop takes the commands that have come, starts
-jobs whose model is resident (loading it if need be), tokenises a thousand inputs, runs one batch. It blocks on
-the pipe only when nothing is active.
+jobs whose model is resident (loading it if need be), tokenises for a moment, runs one batch. It blocks on the
+pipe only when nothing is active.
 """
 
 from __future__ import annotations
@@ -37,6 +37,8 @@ CPU_BATCH_TOKENS = 512
 """Small batches stay in the cache: 1024 were slower on CPU."""
 CUDA_BATCH_TOKENS = 16_384
 PROGRESS_SECONDS = 0.5
+TOKENISE_SECONDS = 0.05
+"""Between two batches; a step begun is ended."""
 
 
 class DeviceFault(Exception):
@@ -233,11 +235,16 @@ class ModelEngine:
         return self.residency.spec(job.resident)
 
     def _tokenise(self) -> None:
-        """One step of the job that has waited longest for its tokens."""
-        waiting = [one for one in self._jobs.values() if one.extraction is not None and not one.tokenised]
-        if not waiting:
-            return
-        active = min(waiting, key=lambda one: one.last_served or one.received)
+        """Ready new jobs for the next batch, which they may share; bounded, as running jobs wait meanwhile."""
+        deadline = time.monotonic() + TOKENISE_SECONDS
+        while time.monotonic() < deadline:
+            waiting = [one for one in self._jobs.values() if one.extraction is not None and not one.tokenised]
+            if not waiting:
+                return
+            self._tokenise_step(min(waiting, key=lambda one: one.last_served or one.received))
+
+    def _tokenise_step(self, active: Active) -> None:
+        """The next inputs of one job."""
         self._announce([active.job.id])
         started = active.last_served = time.monotonic()
         try:
@@ -365,7 +372,7 @@ class ModelEngine:
         self._channel.send({"ev": "beat"})
 
     def _announce(self, ids: list[str]) -> None:
-        if ids != self._running:
+        if set(ids) != set(self._running):
             self._running = ids
             self._channel.send({"ev": "running", "ids": ids})
 

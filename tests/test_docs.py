@@ -1,0 +1,66 @@
+"""What README and docs say is true: its examples run as written, its tables match the code."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from bathyscope.errors import PROBLEMS
+from bathyscope_backplane.settings import JobSettings, Limits, Settings, WorkerSettings
+from tests.stack import Stack
+
+ROOT = Path(__file__).parents[1]
+
+
+def examples() -> list[tuple[str, str]]:
+    """The README's code blocks that are marked to be run, in order, with their language."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    found = re.findall(r"<!-- run: (\w+) -->\n```\w+\n(.*?)```", text, re.DOTALL)
+    assert len(found) == 4
+    return found
+
+
+def test_the_quick_starts_run_as_written(live: Stack, tmp_path: Path) -> None:
+    environment = {
+        **os.environ,
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "BATHYSCOPE_URL": live.url,
+    }
+    for kind, text in examples():
+        text = text.replace("localhost:8000", f"127.0.0.1:{live.port}")
+        command = [sys.executable, "-W", "error", "-c", text] if kind == "python" else ["bash", "-euc", text]
+        ended = subprocess.run(
+            command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False, timeout=300
+        )
+        assert ended.returncode == 0, ended.stdout + ended.stderr
+        assert '"status":"failed"' not in ended.stdout
+        if (tmp_path / "hidden_states.npy").exists():
+            array = np.load(tmp_path / "hidden_states.npy")
+            assert array.shape in ((1, 3, 576), (1, 2, 576))
+            (tmp_path / "hidden_states.npy").unlink()
+            made = True
+    assert made
+
+
+def test_every_problem_is_listed() -> None:
+    text = (ROOT / "docs" / "problems.md").read_text(encoding="utf-8")
+    for slug, kind in PROBLEMS.items():
+        line = f"| `{slug}` | {kind.status} | `{kind.__name__}` | {(kind.__doc__ or '').strip()} |"
+        assert line in text, line
+
+
+@pytest.mark.parametrize(
+    ("prefix", "group"),
+    [("", Settings), ("limits.", Limits), ("jobs.", JobSettings), ("worker.", WorkerSettings)],
+)
+def test_every_setting_is_listed(prefix: str, group: type[Settings]) -> None:
+    text = (ROOT / "docs" / "operating.md").read_text(encoding="utf-8")
+    for name in group.model_fields:
+        if name not in ("limits", "jobs", "worker"):
+            assert f"`{prefix}{name}`" in text, f"{prefix}{name}"
