@@ -35,7 +35,7 @@ def main() -> int:
     about = machine.describe()
     rows: list[Row] = []
     with running() as stack, stack.client() as client:
-        bench = Bench(stack, client, options.full, console)
+        bench = Bench(stack, client, options.full, console, options.patience)
         bench.say("the stack is up; loading the model")
         bench.warm("float32")
         bench.threads = stack.threads()
@@ -43,7 +43,7 @@ def main() -> int:
         for name in wanted:
             bench.say(f"{name} …")
             started = time.monotonic()
-            with ForeignLoad(stack.processes().values()) as load:
+            with ForeignLoad(bench.own()) as load:
                 row = ROWS[name](bench)
             row.foreign_cores, row.seconds = load.cores, time.monotonic() - started
             rows.append(row)
@@ -61,6 +61,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--only", action="append", choices=list(ROWS), help="this row; may be given again")
     parser.add_argument("--full", action="store_true", help="the large sizes: about half an hour on two cores")
+    parser.add_argument(
+        "--patience", type=float, default=10.0, help="seconds to wait for a quiet machine before a measurement (10)"
+    )
     default = Path(__file__).parent / "results" / "latest.json"
     parser.add_argument("--json", type=Path, default=default, help="where the JSON goes")
     return parser

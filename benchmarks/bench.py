@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 
 from rich.console import Console
 
 import bathyscope
 from bathyscope import Extraction
+from bathyscope.types._base import ComputeDtype
 from benchmarks.reference import Reference
 from benchmarks.stack import MODEL, Stack
 
@@ -21,12 +23,14 @@ class Bench:
     full: bool
     """The large sizes."""
     console: Console
+    patience: float
+    """Seconds to wait for a quiet machine before a measurement."""
     threads: int = 0
     """Of the worker's torch and of the references'."""
     _references: dict[str, Reference] = field(default_factory=dict)
     _revision: str = ""
 
-    def warm(self, dtype: str) -> None:
+    def warm(self, dtype: ComputeDtype) -> None:
         """Have the worker load the model with that compute dtype, and run it once."""
         self._revision = str(self.extract(["The model is loaded."], dtype).identity.revision)
 
@@ -36,12 +40,18 @@ class Bench:
             self._references[dtype] = Reference(self.stack.model_folder(self._revision), dtype, self.threads)
         return self._references[dtype]
 
-    def extract(self, texts: list[str], dtype: str, *, layers: list[int] | None = None, wait: float = 60) -> Extraction:
+    def extract(
+        self, texts: list[str], dtype: ComputeDtype, *, layers: list[int] | None = None, wait: float = 60
+    ) -> Extraction:
         """A finished extraction of last tokens."""
         job = self.client.extractions.create(
             wait=wait, model=MODEL, inputs=texts, layers=layers or "all", pooling="last", compute_dtype=dtype
         )
         return job.wait()
+
+    def own(self) -> list[int]:
+        """The processes whose work is no disturbance."""
+        return [*self.stack.processes().values(), os.getpid()]
 
     def say(self, text: str) -> None:
         """A line of progress."""

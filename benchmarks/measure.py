@@ -6,11 +6,14 @@ import contextlib
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
+
+QUIET_CORES = 0.25
+"""Others may keep so much of all cores busy before a round counts as disturbed."""
 
 _TICKS = os.sysconf("SC_CLK_TCK")
 
@@ -64,25 +67,75 @@ def timed(call: Callable[[], object]) -> float:
     return time.perf_counter() - started
 
 
-def alternately(rounds: int, contenders: Mapping[str, Callable[[int], float]]) -> dict[str, Spread]:
+@dataclass(slots=True)
+class Rounds:
+    """What `alternately` gave: of each contender a value a round, and how much others disturbed each round."""
+
+    values: dict[str, list[float]]
+    foreign: list[float]
+    """Cores that other programs kept busy during the worst measurement of each round."""
+
+    @property
+    def kept(self) -> list[int]:
+        """Numbers of the rounds that count: the quiet ones, or all where fewer than two were quiet."""
+        quiet = [number for number, cores in enumerate(self.foreign) if cores <= QUIET_CORES]
+        return quiet if len(quiet) >= 2 else list(range(len(self.foreign)))
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.values
+
+    def __getitem__(self, name: str) -> Spread:
+        """A contender's values in the rounds that count."""
+        return Spread([self.values[name][number] for number in self.kept])
+
+    def said(self) -> str:
+        """In words, how many rounds count."""
+        if len(self.kept) == len(self.foreign):
+            return f"{len(self.foreign)} rounds"
+        return f"{len(self.kept)} quiet rounds of {len(self.foreign)}"
+
+
+def alternately(
+    rounds: int, contenders: Mapping[str, Callable[[int], float]], *, own: Sequence[int], patience: float
+) -> Rounds:
     """Each contender once a round, one after the other, never two at a time; each round begins with another.
 
-    A contender gets the round's number and returns its measure.
+    A contender gets the round's number and returns its measure. Before each measurement the machine is given `patience`
+    seconds to become quiet; `own` are the processes whose work is no disturbance. A round that others disturbed all the
+    same is made again, at most as many times as there are rounds; the disturbed ones stay in the record.
     """
-    found = {name: Spread() for name in contenders}
+    found = Rounds({name: [] for name in contenders}, [])
     names = list(contenders)
-    for number in range(rounds):
+    for number in range(2 * rounds):
+        worst = 0.0
         start = number % len(names)
         for name in names[start:] + names[:start]:
-            found[name].add(contenders[name](number))
+            wait_until_quiet(own, patience)
+            with ForeignLoad(own) as load:
+                found.values[name].append(contenders[name](number))
+            worst = max(worst, load.cores)
+        found.foreign.append(worst)
+        quiet = sum(cores <= QUIET_CORES for cores in found.foreign)
+        if quiet >= rounds or (not patience and number + 1 >= rounds):
+            break
     return found
+
+
+def wait_until_quiet(own: Sequence[int], patience: float) -> None:
+    """Return when other programs leave the cores alone, at the latest after `patience` seconds."""
+    deadline = time.monotonic() + patience
+    while time.monotonic() < deadline:
+        with ForeignLoad(own) as load:
+            time.sleep(0.5)
+        if load.cores <= QUIET_CORES / 2:
+            return
 
 
 class ForeignLoad:
     """Cores that other processes kept busy while the block ran. Above a few tenths, absolute times mean little."""
 
-    def __init__(self, own: Iterable[int]) -> None:
-        self._own = [os.getpid(), *own]
+    def __init__(self, own: Sequence[int]) -> None:
+        self._own = own
         self.cores = 0.0
 
     def __enter__(self) -> ForeignLoad:

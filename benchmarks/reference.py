@@ -22,11 +22,13 @@ class Reference:
     """The same model as the worker's, in this process, with the same number of threads."""
 
     def __init__(self, folder: Path, dtype: str, threads: int) -> None:
-        logging.disable_progress_bar()
+        quiet: Any = logging
+        quiet.disable_progress_bar()
         torch.set_num_threads(threads)
         self.dtype = dtype
         self.tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        self.model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=_DTYPES[dtype], local_files_only=True)
+        auto: Any = AutoModelForCausalLM
+        self.model: Any = auto.from_pretrained(folder, dtype=_DTYPES[dtype], local_files_only=True)
         self.model.eval()
 
     def count(self, text: str) -> int:

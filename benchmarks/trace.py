@@ -65,7 +65,8 @@ class Trace:
             return list(self._events)
 
     def _listen(self) -> None:
-        monitor: Any = self._client.monitor()
+        untyped: Any = self._client
+        monitor = untyped.monitor()
         with contextlib.suppress(redis.RedisError, OSError, ValueError), monitor:
             self._ready.set()
             for heard in monitor.listen():

@@ -48,6 +48,29 @@ def test_the_quick_starts_run_as_written(live: Stack, tmp_path: Path) -> None:
     assert made
 
 
+def test_the_demos_curl_lines_run_as_printed(live: Stack, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from bathyscope.cli import _demo_report
+    from bathyscope.cli._capitals import paired_statements
+
+    output = tmp_path / "my demo"
+    output.mkdir()
+    _demo_report.write_requests(output, "tiny", paired_statements())
+    _demo_report.print_curl(live.url, output)
+    script = capsys.readouterr().out.partition("runs:")[2]
+    ended = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", script],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert '"best_layer"' in ended.stdout
+    assert '"status":"succeeded"' in ended.stdout
+    assert (tmp_path / "states.safetensors").stat().st_size > 296 * 5 * 32 * 4
+
+
 def test_every_problem_is_listed() -> None:
     text = (ROOT / "docs" / "problems.md").read_text(encoding="utf-8")
     for slug, kind in PROBLEMS.items():

@@ -10,9 +10,10 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from bathyscope.types._base import ComputeDtype
 from benchmarks import arithmetic, corpus
 from benchmarks.bench import Bench
-from benchmarks.measure import Spread, alternately, over
+from benchmarks.measure import Rounds, Spread, alternately, over
 from benchmarks.reference import Reference, States, relative_errors
 from benchmarks.report import Comparison, Goal, Limit, Row
 
@@ -39,7 +40,7 @@ class _Contest:
     """The contenders of one row. Each measures tokens a second of its own; padding does not count as tokens."""
 
     bench: Bench
-    dtype: str
+    dtype: ComputeDtype
     exact: Reference
     """float32, which the errors are measured against."""
     own: Reference
@@ -120,7 +121,7 @@ def bfloat16(bench: Bench) -> Row:
     return _run(bench, "bfloat16")
 
 
-def _run(bench: Bench, dtype: str) -> Row:
+def _run(bench: Bench, dtype: ComputeDtype) -> Row:
     bench.warm(dtype)
     own = bench.reference(dtype)
     contest = _Contest(bench, dtype, bench.reference("float32"), own, loop_parts=PARTS if bench.full else 1)
@@ -137,11 +138,11 @@ def _run(bench: Bench, dtype: str) -> Row:
     if dtype != "float32":
         contenders["float32"] = contest.float32_batches
     rounds = 3 if bench.full or dtype != "float32" else PARTS
-    found = alternately(rounds, contenders)
-    return _row(contest, found, rounds)
+    found = alternately(rounds, contenders, own=bench.own(), patience=bench.patience)
+    return _row(contest, found)
 
 
-def _row(contest: _Contest, found: dict[str, Spread], rounds: int) -> Row:
+def _row(contest: _Contest, found: Rounds) -> Row:
     dtype, goals = contest.dtype, _GOALS[contest.dtype]
     work = arithmetic.work_of(contest.own.model, max(LAYERS))
     lengths = contest.lengths(0)
@@ -178,14 +179,15 @@ def _row(contest: _Contest, found: dict[str, Spread], rounds: int) -> Row:
         f"({work.projections / 1e6:.1f} M in matrices) at {_gflops(found['matrices'])} GFLOP/s",
         f"relative error of {len(errors)} vectors against the float32 loop: max {errors.max():.2g}, "
         f"median {np.median(errors):.2g}",
-        f"{contest.bench.threads} threads each; {rounds} rounds; in each the service runs all {TEXTS} texts, the loops "
+        f"{contest.bench.threads} threads each; {found.said()}; in each the service runs all {TEXTS} texts, the loops "
         + ("all too" if contest.loop_parts > 1 else f"{TEXTS // PARTS} of them with the same mixture of lengths"),
     ]
     if dtype != "float32":
         own = contest.errors("eight", exact)
         row.notes.append(f"the {dtype} loop's own error: max {own.max():.2g}, median {np.median(own):.2g}")
     row.details = {
-        "tokens_per_second": {name: spread.as_json() for name, spread in found.items() if name != "matrices"},
+        "tokens_per_second": {name: found[name].as_json() for name in found.values if name != "matrices"},
+        "all_rounds": {"values": found.values, "foreign_cores": found.foreign, "kept": found.kept},
         "multiply_adds_per_second": found["matrices"].as_json(),
         "multiply_adds_per_token": per_token,
         "errors": {"max": float(errors.max()), "median": float(np.median(errors)), "vectors": len(errors)},

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import re
-import shlex
 from pathlib import Path
 from typing import Any
 
@@ -63,14 +60,7 @@ def test_the_picture(probe: bathyscope.Probe, tmp_path: Path) -> None:
     assert path.stat().st_size > 20_000
 
 
-def test_the_curl_lines_are_what_a_shell_and_the_service_read(capsys: pytest.CaptureFixture[str]) -> None:
-    _demo_report.print_curl("http://127.0.0.1:8000", "smollm2", STATEMENTS)
-    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("curl")]
-    bodies = [shlex.split(line)[-1] for line in lines if " -d " in line]
-    extract, train, predict = (json.loads(body) for body in bodies)
-    assert extract["inputs"][0] == "The capital of C0 is A0's."
-    assert len(train["labels"]) == len(train["groups"]) == len(extract["inputs"])
-    assert len(predict["inputs"]) == 1
-    assert all(re.match(r"curl -s .*http://127\.0\.0\.1:8000/v1/", line) for line in lines)
-    for body, model in ((extract, bathyscope.types.ExtractionRequest), (train, bathyscope.types.ProbeRequest)):
-        model.model_validate(body)
+def test_the_requests_are_what_the_service_reads(tmp_path: Path) -> None:
+    _demo_report.write_requests(tmp_path, "smollm2", STATEMENTS)
+    for name, model in (("extraction", bathyscope.types.ExtractionRequest), ("probe", bathyscope.types.ProbeRequest)):
+        model.model_validate_json((tmp_path / f"{name}.json").read_bytes())

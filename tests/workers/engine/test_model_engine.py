@@ -264,6 +264,19 @@ def test_a_poisonous_row_fails_its_own_job(
     assert "kernel" not in json.dumps(ended["poison"]["problem"]), "no inner text reaches the caller"
 
 
+def test_a_result_over_the_limit(start_engine: Any, tiny_llama: ModelSpec, random_ids: Ids) -> None:
+    engine = start_engine()
+    job = {"kind": "extraction", "resident": tiny_llama.to_wire(), "spec": {"layers": "all"}, "max_result_bytes": 1280}
+    for name, count in (("fits", 2), ("large", 3)):
+        scratch = engine._folder / name
+        scratch.mkdir()
+        engine.send(op="run", job={**job, "id": name, "scratch": str(scratch), "inputs": inputs(random_ids, count)})
+    ended = engine.finished("fits", "large")
+    assert ended["fits"]["ev"] == "done"
+    assert ended["large"]["problem"]["type"] == "/problems/too-large"
+    assert ended["large"]["problem"]["limit"] == 1280
+
+
 def test_a_finisher_turns_states_into_a_prediction(start_engine: Any, tiny_llama: ModelSpec, random_ids: Ids) -> None:
     def finish(job: RunJob, result: ExtractionResult, context: JobContext) -> dict[str, Any]:
         context.beat()

@@ -20,7 +20,14 @@ MESSAGES: list[dict[str, Any]] = [
 
 @pytest.fixture(scope="module")
 def renderer() -> Iterator[ChatRenderer]:
-    made = ChatRenderer(seconds=1.0, memory_bytes=256 * 2**20, max_characters=1_000_000)
+    made = ChatRenderer(seconds=20, memory_bytes=256 * 2**20, max_characters=1_000_000)
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="module")
+def hasty() -> Iterator[ChatRenderer]:
+    made = ChatRenderer(seconds=1.5, memory_bytes=256 * 2**20)
     yield made
     made.close()
 
@@ -76,15 +83,16 @@ def test_what_is_refused(renderer: ChatRenderer, template: str, why: str) -> Non
     [
         "{% for a in range(99999) %}{% for b in range(99999) %}{% set c = a %}{% endfor %}{% endfor %}",
         "{{ 9 ** (9 ** 9) }}",
-        "{{ 'ab' | replace('a', 'aa' * 10**7) | length }}{% for a in range(99999) %}{{ a ** 9999 }}{% endfor %}",
+        "{% for a in range(99999) %}{{ range(99999) | sum }}{% endfor %}",
     ],
 )
-def test_what_never_ends(renderer: ChatRenderer, template: str) -> None:
+def test_what_never_ends(hasty: ChatRenderer, template: str) -> None:
+    assert render(hasty, "warm") == "warm"
     started = time.monotonic()
     with pytest.raises(TemplateFault, match=r"did not finish|memory"):
-        render(renderer, template)
+        render(hasty, template)
     assert time.monotonic() - started < 10
-    assert render(renderer, "fine") == "fine"
+    assert render(hasty, "fine") == "fine"
 
 
 def test_a_child_that_was_killed_is_replaced(renderer: ChatRenderer) -> None:

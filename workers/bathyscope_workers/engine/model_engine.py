@@ -217,6 +217,7 @@ class ModelEngine:
                     inputs_path=job.inputs_path,
                     scratch=job.scratch,
                     renderer=self.renderer,
+                    max_result_bytes=job.extra.get("max_result_bytes"),
                 )
             except LoadFault as fault:
                 self._load_failed(active.job.resident if isinstance(active.job.resident, str) else spec.key, fault)

@@ -20,7 +20,7 @@ import socket
 import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, NotRequired, TypedDict, cast
+from typing import Any, Literal, TypedDict, cast
 
 import orjson
 
@@ -109,7 +109,8 @@ class RunJob:
     solo: bool = False
     """Share no batch with another job (`alone` is read as the same)."""
     extra: dict[str, Any] = field(default_factory=dict)
-    """Members that this class does not name, handed to the handler or finisher untouched."""
+    """Members that this class does not name, handed to the handler or finisher untouched. `max_result_bytes` bounds an
+    extraction's result file (`too-large`)."""
 
     @classmethod
     def from_wire(cls, wire: Mapping[str, Any]) -> RunJob:
@@ -256,16 +257,6 @@ Event = (
 
 class FrameError(Exception):
     """The bytes on the pipe are not frames of this protocol."""
-
-
-class Timings(TypedDict):
-    """Seconds of one job, see `DoneEvent.timings`."""
-
-    load: float
-    tokenise: float
-    inference: float
-    total: float
-    rows: NotRequired[float]
 
 
 def encode(message: Mapping[str, Any] | Command | Event) -> bytes:

@@ -67,6 +67,7 @@ class Extraction:
         inputs_path: str | None,
         scratch: str,
         renderer: ChatRenderer,
+        max_result_bytes: int | None = None,
     ) -> None:
         self.spec = spec
         self.resident = resident
@@ -91,13 +92,14 @@ class Extraction:
         self._row_lengths: list[int] = []
         self._scratch_dir = Path(scratch)
         self._file: ScratchFile | None = None
+        self._max_result_bytes = max_result_bytes
 
     # --- tokens ---
 
     def tokenise_step(self) -> bool:
         """Tokenise the next inputs; True when all are done and the result file is laid out.
 
-        Raises errors.InvalidInput or errors.InvalidRequest, errors.Unavailable when the disk is full.
+        Raises errors.InvalidInput, errors.InvalidRequest or errors.TooLarge; errors.Unavailable when the disk is full.
         """
         chunk = next(self._chunks, None)
         if chunk is not None:
@@ -169,6 +171,14 @@ class Extraction:
         else:
             self._offsets, token_ids = self._starts, self._ids
         rows = int(self._offsets[-1]) if self.spec.pooling == "none" else inputs
+        size = rows * len(self.layers) * hidden * self.torch_dtype.itemsize
+        if self._max_result_bytes is not None and size > self._max_result_bytes:
+            raise errors.TooLarge(
+                f"the result would take {size} bytes, the limit is {self._max_result_bytes}: ask for fewer layers or "
+                "inputs, pool, or choose dtype float16",
+                bytes=size,
+                limit=self._max_result_bytes,
+            )
         self._file = ScratchFile(
             self._scratch_dir / FILE_NAME,
             {

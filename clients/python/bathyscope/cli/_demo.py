@@ -59,11 +59,12 @@ def demo(
         (output / "report.json").write_text(
             json.dumps(probe.model_dump(mode="json"), indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
         )
+        report.write_requests(output, model, statements)
         report.write_figure(probe, output / "layer_curve.png", rows=len(statements))
         _try_it(client, probe)
     report.print_table(probe)
     report.print_summary(probe, output, seconds=time.monotonic() - began)
-    report.print_curl(url or "http://127.0.0.1:8000", model, statements)
+    report.print_curl(url or "http://127.0.0.1:8000", output)
 
 
 def _run(

@@ -63,34 +63,37 @@ def print_summary(probe: Probe, output: Path, *, seconds: float) -> None:
     typer.echo(f"Done in {seconds:.0f} s.")
 
 
-def print_curl(url: str, model: str, statements: list[Statement]) -> None:
-    """The same with curl, on the first statements; `bathyscope up` serves them."""
-    first = statements[:8]
-    extract = {"model": model, "inputs": [statement.text for statement in first], "layers": "all"}
-    train = {
-        "extraction": "EXTRACTION",
-        "labels": [statement.label for statement in first],
-        "groups": [statement.group for statement in first],
-        "C": [0.01],
-        "folds": 2,
+def write_requests(output: Path, model: str, statements: list[Statement]) -> None:
+    """The bodies of the demo's two requests, for `curl -d @…`; the probe's names its extraction `EXTRACTION`."""
+    bodies: dict[str, dict[str, Any]] = {
+        "extraction": {"model": model, "inputs": [statement.text for statement in statements], "layers": "all"},
+        "probe": {
+            "extraction": "EXTRACTION",
+            "labels": [statement.label for statement in statements],
+            "groups": [statement.group for statement in statements],
+            "C": [0.01],
+            "folds": 5,
+        },
     }
-    json_body = "-H 'Content-Type: application/json'"
+    for name, body in bodies.items():
+        text = json.dumps(body, indent=1, ensure_ascii=False) + "\n"
+        (output / f"{name}.json").write_text(text, encoding="utf-8")
+
+
+def print_curl(url: str, output: Path) -> None:
+    """The lines that do the same by hand, as a shell runs them; `bathyscope up` serves them."""
+    post = "-H 'Content-Type: application/json' -H 'Prefer: wait=60'"
+    extraction, probe = (shlex.quote(str(output / f"{name}.json")) for name in ("extraction", "probe"))
     typer.echo(
         f"""
-The same by hand, on {len(first)} statements, while `bathyscope up` runs:
+The same by hand, while `bathyscope up` runs:
 
-curl -s {url}/v1/extractions {json_body} -H 'Prefer: wait=60' -d {_quoted(extract)}
-  # "resource": "/v1/extractions/ext_…": write that id for EXTRACTION
-curl -s -o states.safetensors '{url}/v1/extractions/EXTRACTION/hidden_states?format=safetensors'
-curl -s {url}/v1/probes {json_body} -H 'Prefer: wait=60' -d {_quoted(train)}
-  # "resource": "/v1/probes/prb_…": write that id for PROBE
-curl -s {url}/v1/probes/PROBE
-curl -s {url}/v1/probes/PROBE/predict {json_body} -H 'Prefer: wait=60' -d {_quoted({"inputs": [first[0].text]})}"""
+extraction=$(curl -s {url}/v1/extractions {post} -d @{extraction} | grep -o 'ext_[0-9a-z]*')
+curl -s -o states.safetensors "{url}/v1/extractions/$extraction/hidden_states?format=safetensors"
+probe=$(sed "s/EXTRACTION/$extraction/" {probe} | curl -s {url}/v1/probes {post} -d @- | grep -o 'prb_[0-9a-z]*')
+curl -s {url}/v1/probes/$probe
+curl -s {url}/v1/probes/$probe/predict {post} -d '{{"inputs": ["The capital of France is Paris."]}}'"""
     )
-
-
-def _quoted(body: object) -> str:
-    return shlex.quote(json.dumps(body, ensure_ascii=False))
 
 
 def write_figure(probe: Probe, path: Path, *, rows: int) -> None:
@@ -129,9 +132,9 @@ def write_figure(probe: Probe, path: Path, *, rows: int) -> None:
             color=_ORANGE,
             fontweight="bold",
         )
-        upper.set_ylim(min(0.35, *low) - 0.02, 1.04)
+        upper.set_ylim(min(0.35, *low) - 0.05, 1.04)
         upper.set_ylabel("AUROC")
-        upper.legend(loc="upper left")
+        upper.legend(loc="lower center", ncols=2)
         upper.set_title(
             f"Where {probe.identity.model} tells true from false\n",
             loc="left",
