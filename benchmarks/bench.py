@@ -9,7 +9,7 @@ from rich.console import Console
 
 import bathyscope
 from bathyscope import Extraction
-from bathyscope.types._base import ComputeDtype
+from bathyscope.types import ComputeDtype
 from benchmarks.reference import Reference
 from benchmarks.stack import MODEL, Stack
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from bathyscope.types._base import ComputeDtype
+from bathyscope.types import ComputeDtype
 from benchmarks import arithmetic, corpus
 from benchmarks.bench import Bench
 from benchmarks.measure import Rounds, Spread, alternately, over

@@ -13,6 +13,7 @@ from bathyscope.errors import Expired, InternalError
 from bathyscope_backplane.artifacts import Blob, Resource
 from bathyscope_backplane.broker import Lease
 from bathyscope_backplane.plane import Backplane
+from bathyscope_workers.engine.protocol import RunJob
 from bathyscope_workers.models.spec import ModelSpec
 
 _DAY_MS = 86_400_000
@@ -79,6 +80,20 @@ class JobWork:
         if resource is None:
             raise Expired(f"{resource_id}, which this job reads, has expired or was deleted.")
         return resource
+
+    def run_command(self, **rest: Any) -> dict[str, Any]:
+        """The engine's `run` command for this job; `rest` are further members of `RunJob`."""
+        job = RunJob(
+            id=self.lease.job_id,
+            kind=self.lease.kind,
+            lane=self.lease.lane,
+            owner=self.lease.owner,
+            priority=self.lease.priority,
+            scratch=str(self.scratch),
+            solo=self.lease.solo,
+            **rest,
+        )
+        return {"op": "run", "job": job.to_wire()}
 
     async def keep(self, path: Path, suffix: str) -> Blob:
         """Upload a result file under a key that no other attempt uses."""

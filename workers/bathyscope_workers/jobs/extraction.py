@@ -8,7 +8,6 @@ from typing import Any
 
 from bathyscope.errors import ModelUnknown
 from bathyscope_backplane.artifacts import Resource
-from bathyscope_workers.engine.protocol import RunJob
 from bathyscope_workers.jobs._base import JobWork
 
 _SAFETENSORS_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "int64": "I64"}
@@ -19,21 +18,13 @@ async def run_command(work: JobWork, **extra: Any) -> dict[str, Any]:
     if work.resident is None:
         raise ModelUnknown("This worker's list of models lacks the job's model; give all workers the same list.")
     path = await work.rows_path()
-    job = RunJob(
-        id=work.lease.job_id,
-        kind=work.lease.kind,
-        lane=work.lease.lane,
-        owner=work.lease.owner,
-        priority=work.lease.priority,
+    return work.run_command(
         resident=work.resident.to_wire(),
         spec=work.spec,
         inputs=work.payload.get("rows") if path is None else None,
         inputs_path=path,
-        scratch=str(work.scratch),
-        solo=work.lease.solo,
         extra={"max_result_bytes": work.plane.settings.limits.max_result_bytes, **extra},
     )
-    return {"op": "run", "job": job.to_wire()}
 
 
 def identity_of(provenance: dict[str, Any]) -> dict[str, Any]:

@@ -9,7 +9,6 @@ from typing import Any
 import orjson
 
 from bathyscope_backplane.artifacts import Resource
-from bathyscope_workers.engine.protocol import RunJob
 from bathyscope_workers.jobs._base import JobWork
 from bathyscope_workers.jobs.extraction import identity_of, run_command
 
@@ -28,22 +27,13 @@ class PredictionJob:
         if work.resident is not None:
             return [await run_command(work, weights_path=weights_path)]
         extraction = await work.needed(work.spec["extraction"])
-        job = RunJob(
-            id=work.lease.job_id,
-            kind="prediction",
-            lane=work.lease.lane,
-            owner=work.lease.owner,
-            priority=work.lease.priority,
-            spec={
-                "states_path": await work.blob_path(extraction, "states"),
-                "layout": extraction.private["layout"],
-                "held_layers": extraction.body["layers"],
-                "weights_path": weights_path,
-            },
-            scratch=str(work.scratch),
-            solo=work.lease.solo,
-        )
-        return [{"op": "run", "job": job.to_wire()}]
+        spec = {
+            "states_path": await work.blob_path(extraction, "states"),
+            "layout": extraction.private["layout"],
+            "held_layers": extraction.body["layers"],
+            "weights_path": weights_path,
+        }
+        return [work.run_command(spec=spec)]
 
     async def conclude(self, work: JobWork, event: dict[str, Any]) -> Resource:
         """Describe the probabilities."""

@@ -9,7 +9,6 @@ from typing import Any
 import orjson
 
 from bathyscope_backplane.artifacts import Resource
-from bathyscope_workers.engine.protocol import RunJob
 from bathyscope_workers.jobs._base import JobWork
 
 _CONFIG = (
@@ -38,26 +37,17 @@ class ProbeJob:
         extraction = await work.needed(work.spec["extraction"])
         rows_path = work.scratch / "rows.json"
         await asyncio.to_thread(rows_path.write_bytes, orjson.dumps(await work.rows()))
-        job = RunJob(
-            id=work.lease.job_id,
-            kind="probe",
-            lane=work.lease.lane,
-            owner=work.lease.owner,
-            priority=work.lease.priority,
-            spec={
-                "states_path": await work.blob_path(extraction, "states"),
-                "layout": extraction.private["layout"],
-                "held_layers": extraction.body["layers"],
-                "num_layers": extraction.body["num_layers"],
-                "layers": work.spec["layers"],
-                "identity": extraction.body["identity"],
-                "rows_path": str(rows_path),
-                "config": {name: work.spec[name] for name in _CONFIG},
-            },
-            scratch=str(work.scratch),
-            solo=work.lease.solo,
-        )
-        return [{"op": "run", "job": job.to_wire()}]
+        spec = {
+            "states_path": await work.blob_path(extraction, "states"),
+            "layout": extraction.private["layout"],
+            "held_layers": extraction.body["layers"],
+            "num_layers": extraction.body["num_layers"],
+            "layers": work.spec["layers"],
+            "identity": extraction.body["identity"],
+            "rows_path": str(rows_path),
+            "config": {name: work.spec[name] for name in _CONFIG},
+        }
+        return [work.run_command(spec=spec)]
 
     async def conclude(self, work: JobWork, event: dict[str, Any]) -> Resource:
         """Upload the weights and describe the probe."""

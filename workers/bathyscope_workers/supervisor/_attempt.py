@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import shutil
+import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,8 +14,8 @@ from typing import Any, TypeVar
 import orjson
 import structlog
 
-from bathyscope.errors import InternalError, ProblemError, Unavailable
-from bathyscope_backplane.broker import Lease
+from bathyscope.errors import InternalError, ProblemError, Unavailable, from_problem
+from bathyscope_backplane.broker import Lease, Renewal
 from bathyscope_backplane.plane import Backplane
 from bathyscope_workers.jobs import JobKind, JobWork
 from bathyscope_workers.models.spec import ModelSpec
@@ -50,6 +51,9 @@ class Attempt:
 
     send: Callable[[Any], None]
     """Sends a command to the engine."""
+
+    confirmed: float = field(default_factory=time.monotonic)
+    """When Redis last said that the lease is ours; a stopped process' clock goes on."""
 
     lost: bool = False
     """The lease is gone: neither write nor settle."""
@@ -145,10 +149,12 @@ class Attempt:
         resource = await self._patiently(lambda: self.kind.conclude(work, event))
         assert resource is not None
         resource.private["timings"] = self._timings()
-        if not await self._held():
+        try:
+            await self._require_lease()
+        except (LostLease, _Stopped):
             for blob in resource.blobs.values():
                 await self.plane.store.delete(blob.key)
-            raise LostLease(lease.job_id)
+            raise
         await self._patiently(lambda: self.plane.catalogue.commit(resource))
         if payload.get("rows_key"):
             with contextlib.suppress(Unavailable):  # the sweep removes it later
@@ -164,11 +170,19 @@ class Attempt:
         measured = {name: value for name, value in self._engine_timings.items() if name in ("load", "inference")}
         return {"queue": queued, **measured, "total": queued + here}
 
-    async def _held(self) -> bool:
-        """Whether the lease is still ours, asked of Redis itself: a worker that slept must not publish."""
-        lease_ms = int(self.plane.settings.jobs.lease_seconds * 1000)
-        [renewal] = await self._patiently(lambda: self.plane.broker.renew([self.lease.ref], lease_ms))
-        return not self.lost and renewal == "held"
+    async def _require_lease(self) -> None:
+        """Raise unless the lease is still ours: a worker that slept must not publish. Redis is asked, unless it just said.
+
+        Raises `LostLease`, or `_Stopped` when the job's owner cancelled it.
+        """
+        renewal: Renewal = "held"
+        if time.monotonic() - self.confirmed >= self.plane.settings.jobs.lease_seconds / 2:
+            lease_ms = int(self.plane.settings.jobs.lease_seconds * 1000)
+            [renewal] = await self._patiently(lambda: self.plane.broker.renew([self.lease.ref], lease_ms))
+        if self.lost or renewal == "lost":
+            raise LostLease(self.lease.job_id)
+        if self.cancelled or renewal == "cancelled":
+            raise _Stopped
 
     async def _settle(self, write: Callable[[], Awaitable[bool]]) -> None:
         if not self.lost and not await self._patiently(write):
@@ -202,8 +216,6 @@ class _Stopped(Exception):
 
 
 def _reported(event: dict[str, Any]) -> ProblemError:
-    from bathyscope.errors import from_problem
-
     error = from_problem(event["problem"])
     error.extra["retry"] = bool(event["retry"])
     return error

@@ -220,8 +220,8 @@ class Slot:
         """The leases to renew."""
         return [attempt.lease.ref for attempt in self.attempts.values() if not attempt.lost]
 
-    def renewed(self, ref: LeaseRef, renewal: str) -> None:
-        """What a renewal said."""
+    def renewed(self, ref: LeaseRef, renewal: str, asked: float) -> None:
+        """What a renewal said, and when it was asked for (`time.monotonic`)."""
         attempt = self.attempts.get(ref.job_id)
         if attempt is None or attempt.lease.ref != ref:
             return
@@ -230,6 +230,8 @@ class Slot:
             attempt.drop()
         elif renewal == "cancelled" and not attempt.cancelled:
             attempt.stop()
+        else:
+            attempt.confirmed = asked
 
     def cancel(self, job_id: str) -> None:
         """A job's owner cancelled it."""

@@ -9,6 +9,7 @@ import os
 import shutil
 import signal
 import socket
+import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import IO, Any
@@ -125,9 +126,10 @@ class Supervisor:
                 refs = slot.refs()
                 if not refs:
                     continue
+                asked = time.monotonic()
                 with contextlib.suppress(Unavailable):
                     for ref, renewal in zip(refs, await self._plane.broker.renew(refs, lease_ms), strict=True):
-                        slot.renewed(ref, renewal)
+                        slot.renewed(ref, renewal, asked)
 
     async def _cancels(self, bell: Bell) -> None:
         """Cancels come with the bell of the model engine, whichever engine runs the job."""
