@@ -116,7 +116,6 @@ def alive(pid: int) -> bool:
         return False
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the signal is Linux's")
 def test_it_dies_with_its_parent() -> None:
     supervisor = subprocess.Popen([sys.executable, "-c", SUPERVISOR], stdout=subprocess.PIPE, text=True)
     assert supervisor.stdout is not None

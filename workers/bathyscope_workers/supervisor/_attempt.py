@@ -171,7 +171,7 @@ class Attempt:
         return {"queue": queued, **measured, "total": queued + here}
 
     async def _require_lease(self) -> None:
-        """Raise unless the lease is still ours: a worker that slept must not publish. Redis is asked, unless it just said.
+        """Raise unless the lease is ours: a worker that slept must not publish. Redis is asked, unless it just said so.
 
         Raises `LostLease`, or `_Stopped` when the job's owner cancelled it.
         """
