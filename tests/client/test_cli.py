@@ -241,7 +241,12 @@ def test_ctrl_c_exits_130_without_a_traceback() -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         url = f"http://127.0.0.1:{silent.getsockname()[1]}"
         running = subprocess.Popen(
-            cli("jobs", "list", "--url", url), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            cli("jobs", "list", "--url", url),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            # A shell starts background jobs with SIGINT ignored, and a test run may be one.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         asked, _ = silent.accept()
         with asked:
