@@ -30,3 +30,11 @@ def new_id(prefix: Prefix) -> str:
 def is_id(text: str, prefix: Prefix) -> bool:
     """Whether the text has the form of an id with this prefix; anything else cannot exist."""
     return text.startswith(prefix + "_") and _ID.match(text) is not None
+
+
+def made_ms(an_id: str) -> int:
+    """Unix time in ms when an id was made, as its ULID says; 0 for what is none."""
+    try:
+        return int(ULID.from_str(an_id.rpartition("_")[2].upper()).timestamp * 1000)
+    except ValueError:
+        return 0

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import orjson
+
 from bathyscope.errors import ModelUnknown, StateConflict
 from bathyscope_backplane.artifacts import Resource
+from bathyscope_backplane.broker import Lease
 from bathyscope_workers.jobs._base import JobWork
 
 
@@ -24,15 +27,20 @@ class ModelJob:
             return [{"op": "load", "resident": work.resident.to_wire()}]
         return [{"op": "unload", "key": work.resident.key}]
 
-    def outcome(self, event: dict[str, Any]) -> dict[str, Any]:
-        """The engine's word about the model as its word about the job."""
-        if event["ev"] == "load_failed":
-            return {"ev": "failed", "problem": event["problem"], "retry": event["retry"]}
-        if event.get("reason") == "missing":
-            problem = StateConflict("The model is not resident on the worker that took this job.").problem()
-            return {"ev": "failed", "problem": problem, "retry": False}
-        seconds = event["facts"].get("load_seconds", 0.0) if event["ev"] == "loaded" else 0.0
-        return {"ev": "done", "result": {}, "timings": {"load": seconds}}
+    def outcome(self, lease: Lease, event: dict[str, Any]) -> dict[str, Any] | None:
+        """The engine's word about the model as its word about the job; null when it is no answer to this one."""
+        loads = orjson.loads(lease.payload)["spec"]["action"] == "load"
+        match event["ev"]:
+            case "loaded" if loads:
+                return {"ev": "done", "result": {}, "timings": {"load": event["facts"].get("load_seconds", 0.0)}}
+            case "load_failed" if loads:
+                return {"ev": "failed", "problem": event["problem"], "retry": event["retry"]}
+            case "unloaded" if not loads and event["reason"] == "asked":
+                return {"ev": "done", "result": {}, "timings": {}}
+            case "unloaded" if not loads and event["reason"] == "missing":
+                problem = StateConflict("The model is not resident on the worker that took this job.").problem()
+                return {"ev": "failed", "problem": problem, "retry": False}
+        return None
 
     async def conclude(self, work: JobWork, event: dict[str, Any]) -> Resource | None:
         """Nothing is kept."""

@@ -134,11 +134,18 @@ class Attempt:
         payload = orjson.loads(lease.payload)
         work = JobWork(self.plane, lease, payload, self.scratch, self.resident)
         await asyncio.to_thread(self.scratch.mkdir, parents=True, exist_ok=True)
-        for command in await self.kind.commands(work):
-            self.send(command)
-        event = await self.outcome
-        if event["ev"] == "cancelled" or self.cancelled:
+        commands = await self.kind.commands(work)
+        if self.cancelled:
             raise _Stopped
+        if not self.outcome.done():  # else the engine died or the lease went while this was prepared
+            for command in commands:
+                self.send(command)
+        event = await self.outcome
+        if self.cancelled:
+            raise _Stopped
+        if event["ev"] == "cancelled":  # nobody asked for it: the engine is ending
+            await self._settle(lambda: self.plane.broker.release(lease.ref, reason="drain"))
+            raise LostLease(lease.job_id)
         if event["ev"] == "failed":
             raise _reported(event)
         work.timings = event.get("timings", {})

@@ -101,10 +101,12 @@ class EngineProcess:
             _log.error("engine.pipe", error=str(error))
         except OSError:  # reset: it died
             pass
+        except Exception as error:  # a fault of ours must not leave the engine's jobs hanging: it is ended below
+            _log.error("engine.event", exc_info=error)
         if self._writer is not None:
             self._writer.close()
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(5):  # the pipe is closed: it is ending by itself
+            async with asyncio.timeout(1):  # the pipe is closed: it is ending by itself
                 await process.wait()
         self.kill()
         self._on_exit(await process.wait())

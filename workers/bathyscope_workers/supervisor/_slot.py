@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 import structlog
 
-from bathyscope.errors import ModelUnknown, ProblemError, Unavailable
+from bathyscope.errors import InternalError, ModelUnknown, ProblemError, Unavailable
 from bathyscope_backplane.broker import Bell, Lease, LeaseRef, ReleaseReason
 from bathyscope_backplane.plane import Backplane
 from bathyscope_backplane.registry import ModelFacts
@@ -75,6 +75,8 @@ class Slot:
         self._alone: str | None = None
         self._last_beat = 0.0
         self._quiet_since = 0.0
+        self._looked_at = 0.0
+        self._last_lane = ""
         self._tasks: set[asyncio.Task[None]] = set()
         self._draining = False
         self._deaths = 0
@@ -104,15 +106,21 @@ class Slot:
         free = settings.concurrent_jobs - len(self.attempts)
         if free <= 0 or any(attempt.lease.solo for attempt in self.attempts.values()):
             return False
-        loop_time = asyncio.get_running_loop().time()
         if self.kind == "cpu":
             # Jobs of this engine take turns anyway: holding more than a few keeps them from other workers.
             return await self._take_from(["cpu"], min(free, max(0, 2 - len(self.attempts))))
+        now = asyncio.get_running_loop().time()
         if not self.attempts and not self._quiet_since:
-            self._quiet_since = loop_time
+            self._quiet_since = now
+        if now - self._looked_at >= _IDLE_SECONDS:
+            self._looked_at = now
+            starving = await self._lane_to_adopt(int(settings.starvation_seconds * 1000))
+            if starving is not None and await self._take_from([starving], 1):
+                return True
         if await self._take_from(self._resident_lanes(), free):
             return True
-        lane = await self._lane_to_adopt(loop_time)
+        rested = not self.attempts and now - self._quiet_since >= (settings.adopt_seconds if self.residents else 0)
+        lane = await self._lane_to_adopt(0) if rested else None
         return lane is not None and await self._take_from([lane], free)
 
     async def _take_from(self, lanes: list[str], n: int) -> bool:
@@ -121,12 +129,18 @@ class Slot:
         lease_ms = int(self._plane.settings.jobs.lease_seconds * 1000)
         taken = await self._plane.broker.take(self._worker, lanes, n, lease_ms=lease_ms, engine_idle=not self.attempts)
         for lease in taken.leases:
-            self._start(lease)
+            if lease.kind in KINDS:
+                self._start(lease)
+            else:
+                problem = InternalError(f"This worker knows no jobs of kind {lease.kind}.").problem()
+                await self._plane.broker.fail(lease.ref, problem, retry=False)
         if taken.leases:
             self._quiet_since = 0.0
+            self._last_lane = taken.leases[0].lane
         return bool(taken.leases)
 
     def _resident_lanes(self) -> list[str]:
+        """The lanes of resident models, beginning after the one served last: a take gives one lane's jobs."""
         lanes: list[str] = []
         for resident in self.residents.values():
             spec = resident.spec
@@ -134,21 +148,21 @@ class Slot:
                 lane = f"model:{spec.name}:{spec.quantization}:{dtype}"
                 if self._resolved(lane) == resident.spec.key:
                     lanes.append(lane)
-        return lanes
+        turn = lanes.index(self._last_lane) + 1 if self._last_lane in lanes else 0
+        return lanes[turn:] + lanes[:turn]
 
-    async def _lane_to_adopt(self, now: float) -> str | None:
-        """The lane of a model that is not resident and should be, null when there is none."""
-        settings = self._plane.settings.worker
-        rested = not self.attempts and now - self._quiet_since >= (settings.adopt_seconds if self.residents else 0)
+    async def _lane_to_adopt(self, least_age_ms: int) -> str | None:
+        """Of the lanes of models that are not resident the one that has waited longest, and so long; null for none."""
         resident = set(self._resident_lanes())
-        best: tuple[int, str] | None = None
-        for lane in await self._plane.broker.lanes():
-            if lane.depth == 0 or lane.lane in resident or self._resolved(lane.lane) is None:
-                continue
-            starving = lane.oldest_age_ms >= settings.starvation_seconds * 1000
-            if (rested or starving) and (best is None or lane.oldest_age_ms > best[0]):
-                best = (lane.oldest_age_ms, lane.lane)
-        return best[1] if best is not None else None
+        waiting = [
+            (lane.oldest_age_ms, lane.lane)
+            for lane in await self._plane.broker.lanes()
+            if lane.depth
+            and lane.oldest_age_ms >= least_age_ms
+            and lane.lane not in resident
+            and self._resolved(lane.lane) is not None
+        ]
+        return max(waiting)[1] if waiting else None
 
     def _waiting_to_adopt(self) -> bool:
         now = asyncio.get_running_loop().time()
@@ -306,8 +320,9 @@ class Slot:
         for attempt in list(self.attempts.values()):
             if isinstance(attempt.kind, ModelJob) and attempt.resident is not None:
                 keys = {attempt.resident.key, self._resolved(attempt.lease.lane)}
-                if keys & {event["key"], event.get("asked")}:
-                    attempt.hear(attempt.kind.outcome(event))
+                outcome = attempt.kind.outcome(attempt.lease, event)
+                if outcome is not None and keys & {event["key"], event.get("asked")}:
+                    attempt.hear(outcome)
 
     def _tell_alone(self) -> None:
         """Keep the broker's note of a job that runs alone, so that a lapse of its lease is judged right."""
@@ -332,7 +347,8 @@ class Slot:
     def check_hang(self) -> None:
         """End an engine that made no step for too long."""
         settings = self._plane.settings.worker
-        busy = bool(self.attempts) or not self._ready.is_set()
+        waiting = any(not attempt.outcome.done() for attempt in self.attempts.values())
+        busy = waiting or not self._ready.is_set()
         if self._engine is None or not self._engine.alive or not busy:
             return
         loading = not self._ready.is_set() or any(item.state == "loading" for item in self.residents.values())
@@ -354,6 +370,8 @@ class Slot:
             self._deaths += 1
             _log.error("engine.died", kind=self.kind, code=code, jobs=len(self.attempts), suspects=len(suspects))
         together: ReleaseReason = "engine_died_alone" if len(suspects) == 1 else "engine_died_together"
+        if self._draining and code == 0:  # it ended as it was told to
+            together = "drain"
         for job_id, attempt in list(self.attempts.items()):
             if attempt.outcome.done():
                 continue  # the engine had finished it: its result is being committed

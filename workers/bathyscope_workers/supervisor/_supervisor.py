@@ -18,6 +18,7 @@ import structlog
 
 from bathyscope.errors import Unavailable
 from bathyscope_backplane.broker import Bell
+from bathyscope_backplane.ids import made_ms
 from bathyscope_backplane.plane import Backplane
 from bathyscope_backplane.workers import HEARTBEAT_SECONDS
 from bathyscope_workers.supervisor._slot import Slot
@@ -26,6 +27,10 @@ _log = structlog.get_logger(__name__)
 
 _REAP_SECONDS = 1.0
 _SWEEP_SECONDS = 60.0
+_TAKE_SECONDS = 20.0
+"""Longer than Redis is waited for."""
+_INPUTS_AGE_MS = 3_600_000
+"""Inputs younger than this may belong to a job that is being queued just now."""
 _INPUTS_EVERY = 10
 """Sweeps of expired results between two sweeps of forgotten inputs."""
 
@@ -88,6 +93,7 @@ class Supervisor:
             # Leases are renewed until the drain is over: what still runs must not be given to another.
             for slot in self._slots:
                 slot.drain()
+            await asyncio.wait(slots, timeout=_TAKE_SECONDS)  # a take in flight still brings leases
             grace = self._plane.settings.worker.grace_seconds
             _log.info("worker.draining", jobs=sum(len(slot.attempts) for slot in self._slots))
             await asyncio.gather(*(slot.stop(grace, self._hurry) for slot in self._slots))
@@ -200,7 +206,8 @@ class Supervisor:
         if self._sweeps % _INPUTS_EVERY == 0:
             async for key in self._plane.store.keys("inputs/"):
                 job_id = key.removeprefix("inputs/").removesuffix(".jsonl")
-                if await self._plane.broker.get(job_id) is None:
+                young = time.time() * 1000 - made_ms(job_id) < _INPUTS_AGE_MS
+                if not young and await self._plane.broker.get(job_id) is None:
                     await self._plane.store.delete(key)
 
 
