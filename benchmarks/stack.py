@@ -141,5 +141,8 @@ def running() -> Iterator[Stack]:
         try:
             stack.start()
             yield stack
+        except BathyscopeError:
+            print(stack.said(), file=sys.stderr)
+            raise
         finally:
             stack.stop()

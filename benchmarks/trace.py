@@ -23,6 +23,19 @@ _SCRIPTS = {
 }
 
 
+_WITH_FORWARD = "tokens, result file, upload, manifest"
+_STAGES = {
+    "client, HTTP, checks, to the queue": ("sent", "submit"),
+    "queue: doorbell to take": ("submit", "take"),
+    "payload, to the engine": ("take", "mark_alone"),
+    _WITH_FORWARD: ("mark_alone", "set"),
+    "index entry, finish": ("set", "finish"),
+    "finish to the answer of the POST": ("finish", "answered"),
+}
+"""From mark to mark: `mark_alone` comes when the engine says that it begins with the job, `set` is the index entry."""
+_MARKS = {"submit", "mark_alone", "set", "finish"}
+
+
 @dataclass(frozen=True, slots=True)
 class Event:
     """One command."""
@@ -81,31 +94,16 @@ class Trace:
 
 
 def stages(events: list[Event], job_id: str, started: float, times: Times) -> dict[str, float]:
-    """Milliseconds of each stage of one request that began at `started` (Unix time). They sum up to the total."""
-    marks = {"sent": started}
+    """Milliseconds of each stage of one request that began at `started` (Unix time); they sum up to its total."""
+    marks = {"sent": started, "answered": started + times.post / 1e3}
     for event in events:
-        if event.name in ("submit", "renew", "finish") and job_id in event.text:
-            # The check that the lease is held is the last renewal before the commit.
-            marks[event.name] = event.at
-        elif event.name == "take" and "submit" in marks and "take" not in marks:
-            marks["take"] = event.at
-        elif event.name == "set" and job_id in event.text:
-            marks["set"] = event.at
-    answered = started + times.post / 1e3
-    ways = {
-        "client, HTTP, checks, to the queue": ("sent", "submit"),
-        "queue: doorbell to take": ("submit", "take"),
-        "engine, with the forward": ("take", "renew"),
-        "lease check, manifest": ("renew", "set"),
-        "index, finish": ("set", "finish"),
-    }
+        if event.name in _MARKS and job_id in event.text:
+            marks.setdefault(event.name, event.at)
+        elif event.name == "take" and "submit" in marks:
+            marks.setdefault("take", event.at)
     found = {
-        name: 1e3 * (marks[end] - marks[begin])
-        for name, (begin, end) in ways.items()
+        stage: 1e3 * (marks[end] - marks[begin]) - (times.inference if stage == _WITH_FORWARD else 0.0)
+        for stage, (begin, end) in _STAGES.items()
         if begin in marks and end in marks
     }
-    if "engine, with the forward" in found:
-        found["of which not the forward"] = found["engine, with the forward"] - times.inference
-    if "finish" in marks:
-        found["finish to the answer of the POST"] = 1e3 * (answered - marks["finish"])
-    return {**found, "GET the extraction": times.describe, "GET the states, array": times.get}
+    return {**found, "inference": times.inference, "GET the extraction": times.describe, "GET the states": times.get}

@@ -138,7 +138,7 @@ def _row(spreads: dict[str, Spread], forward: Spread, durable: Spread, parts: di
         "by client and job: " + ", ".join(f"{name} {spread.show('{:.1f}')}" for name, spread in spreads.items()) + " ms"
     )
     row.notes.append("by the queue's own clock, in a run of its own with Redis MONITOR on:")
-    row.notes += [f"  {name:<34} {spread.show('{:.1f}')} ms" for name, spread in parts.items()]
+    row.notes += [f"  {name:<38} {spread.show('{:.1f}')} ms" for name, spread in parts.items()]
     row.notes.append(f"a durable write here (4 KB and fsync): {durable.show('{:.2f}')} ms")
     return row
 

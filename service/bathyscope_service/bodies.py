@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import zlib
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
 import orjson
@@ -19,16 +19,21 @@ from pydantic_core import from_json
 from bathyscope.errors import FieldError, InvalidRequest, MalformedBody, RequestTimeout, TooLarge, UnsupportedMedia
 from bathyscope.types import RequestModel
 from bathyscope_service.context import get_context
+from bathyscope_service.extractions.checks import refuse_rows
 from bathyscope_service.problems import pointer
 
 Body = TypeVar("Body", bound=RequestModel)
 
 _READ_SECONDS = 120.0
 _MAX_ERRORS = 50
+_NEIGHBOURS = 64
+"""Items after the first faulty one of a list that are looked at too, for the report."""
 
 
 def json_body(model: type[Body]) -> Callable[[Request], Awaitable[Body]]:
-    """A dependency that reads and validates a JSON body. Its digest is left in `request.state.body_digest`.
+    """A dependency that reads and validates a JSON body.
+
+    Its digest is left in `request.state.body_digest`, its size in `request.state.body_bytes`.
 
     Raises 415, 408, 413, 400 and 422 problems, the last with a pointer for each faulty member.
     """
@@ -39,19 +44,54 @@ def json_body(model: type[Body]) -> Callable[[Request], Awaitable[Body]]:
             raise UnsupportedMedia(
                 f"The body's type is {media_type or 'missing'!r}; send JSON with Content-Type: application/json."
             )
-        data = await read_bounded(request, get_context(request).plane.settings.limits.max_body_bytes)
-        try:
-            content = from_json(data, allow_inf_nan=False)
-        except ValueError as error:
-            raise MalformedBody(f"The body is not valid JSON: {error}.") from None
-        del data
-        request.state.body_digest = hashlib.sha256(orjson.dumps(content, option=orjson.OPT_SORT_KEYS)).hexdigest()
-        try:
-            return model.model_validate(content)
-        except ValidationError as error:
-            raise invalid(error, content) from None
+        context = get_context(request)
+        limits = context.plane.settings.limits
+        data = await read_bounded(request, limits.max_body_bytes)
+        body, digest = await context.apart(len(data), parse, model, data, limits.max_rows)
+        request.state.body_digest, request.state.body_bytes = digest, len(data)
+        return body
 
     return read
+
+
+def parse(model: type[Body], data: bytes, max_rows: int) -> tuple[Body, str]:
+    """The body that the JSON says, and the digest of its content. Raises 400, 413 and 422 problems."""
+    try:
+        content = from_json(data, allow_inf_nan=False)
+    except ValueError as error:
+        raise MalformedBody(f"The body is not valid JSON: {error}.") from None
+    if isinstance(content, dict):
+        nested = content.get("data")
+        for holder in (content, nested if isinstance(nested, dict) else {}):
+            if isinstance(rows := holder.get("inputs"), list):
+                refuse_rows(len(rows), max_rows)
+    try:
+        digest = hashlib.sha256(orjson.dumps(content, option=orjson.OPT_SORT_KEYS)).hexdigest()
+    except TypeError:  # of what JSON can say, orjson refuses only this
+        detail = "a whole number has 64 bits at most"
+        raise InvalidRequest(
+            "A number of the request is too large.",
+            errors=[FieldError(pointer=pointer(_wide(content) or ()), detail=detail)],
+        ) from None
+    try:
+        return model.model_validate(content), digest
+    except ValidationError as error:
+        raise invalid(model, error, content) from None
+
+
+def _wide(content: Any) -> list[Any] | None:
+    """The way to a whole number of more than 64 bits."""
+    if isinstance(content, int):
+        return None if -(2**63) <= content < 2**64 else []
+    members: Iterable[tuple[Any, Any]] = ()
+    if isinstance(content, dict):
+        members = content.items()
+    elif isinstance(content, list):
+        members = enumerate(content)
+    for part, member in members:
+        if (found := _wide(member)) is not None:
+            return [part, *found]
+    return None
 
 
 async def read_bounded(request: Request, limit: int) -> bytes:
@@ -71,6 +111,8 @@ async def read_bounded(request: Request, limit: int) -> bytes:
                     found += chunk
                 else:
                     found += inflate.decompress(chunk, limit + 1 - len(found))
+                    if inflate.unused_data:  # whatever comes after the end is kept there, without a bound
+                        raise MalformedBody(f"The body goes on after the end of its {encoding} data.")
                 if len(found) > limit or (inflate is not None and inflate.unconsumed_tail):
                     raise _too_large(limit)
     except TimeoutError:
@@ -88,14 +130,22 @@ def _too_large(limit: int) -> TooLarge:
     )
 
 
-def invalid(error: ValidationError, content: Any) -> InvalidRequest:
-    """The faults of a body as a 422 problem, one entry for each faulty member."""
+def invalid(model: type[RequestModel], error: ValidationError, content: Any) -> InvalidRequest:
+    """The faults of a body as a 422 problem, one entry for each faulty member.
+
+    Long lists are validated up to their first faulty item; some of those that follow it are looked at here.
+    """
+    faults = _faults(error, content)
+    first: dict[tuple[Any, ...], int] = {}
+    for way, _ in faults:
+        depth = next((depth for depth, part in enumerate(way) if isinstance(part, int)), None)
+        if depth is not None:
+            first.setdefault(tuple(way[:depth]), way[depth])
+    for list_way, place in first.items():
+        faults += _neighbours(model, content, list_way, place)
     found: dict[str, list[str]] = {}
-    for fault in error.errors(include_url=False, include_input=False)[: 4 * _MAX_ERRORS]:
-        message = fault["msg"].removeprefix("Value error, ")
-        if fault["type"] == "extra_forbidden":
-            message = "this field is not known"
-        messages = found.setdefault(pointer(_location(fault["loc"], content, missing=fault["type"] == "missing")), [])
+    for way, message in faults:
+        messages = found.setdefault(pointer(way), [])
         if message not in messages:
             messages.append(message)
     entries = [FieldError(pointer=where, detail="; or ".join(said)) for where, said in found.items()]
@@ -105,6 +155,39 @@ def invalid(error: ValidationError, content: Any) -> InvalidRequest:
         else "A field of the request is not valid.",
         errors=entries[:_MAX_ERRORS],
     )
+
+
+def _faults(error: ValidationError, content: Any) -> list[tuple[list[Any], str]]:
+    """The way into the body and the words of each fault."""
+    found = []
+    for fault in error.errors(include_url=False, include_input=False)[: 4 * _MAX_ERRORS]:
+        message = fault["msg"].removeprefix("Value error, ")
+        if fault["type"] == "extra_forbidden":
+            message = "this field is not known"
+        found.append((_location(fault["loc"], content, missing=fault["type"] == "missing"), message))
+    return found
+
+
+def _neighbours(
+    model: type[RequestModel], content: Any, way: tuple[Any, ...], first: int
+) -> list[tuple[list[Any], str]]:
+    """The faults of the items after the `first` faulty one of the list at `way`, each validated by itself."""
+    items = content
+    for part in way:
+        items = items[part]
+    found: list[tuple[list[Any], str]] = []
+    for place in range(first + 1, min(first + 1 + _NEIGHBOURS, len(items))):
+        alone: Any = [items[place]]
+        for part in reversed(way):
+            alone = {part: alone}
+        try:
+            model.model_validate(alone)
+        except ValidationError as error:
+            here = [fault for fault in _faults(error, alone) if tuple(fault[0][: len(way) + 1]) == (*way, 0)]
+            found += [([*way, place, *inner[len(way) + 1 :]], message) for inner, message in here]
+        if len(found) >= 4 * _MAX_ERRORS:
+            break
+    return found
 
 
 def _location(location: Sequence[Any], content: Any, *, missing: bool) -> list[Any]:

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Annotated
+from typing import Annotated, ParamSpec, TypeVar
 
 from fastapi import Depends, Request
 
 from bathyscope_backplane.broker import Listener
 from bathyscope_backplane.keys import ApiKey
 from bathyscope_backplane.plane import Backplane
+
+Given = ParamSpec("Given")
+Made = TypeVar("Made")
+
+_APART_BYTES = 2**20
+"""Bodies from this size on are worked on in a thread."""
 
 
 @dataclass(slots=True)
@@ -53,8 +60,21 @@ class Context:
     streams: Places
     """Open event streams."""
 
+    heavy: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(2))
+    """Large bodies in work at the same time."""
+
     draining: bool = False
     """Set when the process is to end: waits and streams are let go."""
+
+    async def apart(self, size: int, work: Callable[Given, Made], *args: Given.args, **kwargs: Given.kwargs) -> Made:
+        """Call `work`, which goes through a body of `size` bytes: in a thread when that would hold up other requests.
+
+        Each step of it that is one call into C still holds them up; between the steps they go on.
+        """
+        if size < _APART_BYTES:
+            return work(*args, **kwargs)
+        async with self.heavy:
+            return await asyncio.to_thread(work, *args, **kwargs)
 
     def let_go(self) -> None:
         """End every wait and stream soon, for the process is to end."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import orjson
@@ -41,6 +42,8 @@ def problem_response(error: ProblemError, path: str) -> Response:
         headers["Retry-After"] = str(max(1, round(error.retry_after)))
     if error.status == 401:
         headers["WWW-Authenticate"] = "Bearer"
+    if isinstance(error, errors.RangeUnsatisfiable) and "length" in error.extra:
+        headers["Content-Range"] = f"bytes */{error.extra['length']}"
     if isinstance(error, errors.MethodNotAllowed) and "allow" in error.extra:
         headers["Allow"] = document.pop("allow")
     return Response(orjson.dumps(document), error.status, headers, MEDIA_TYPE)
@@ -51,20 +54,20 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(ProblemError)
     async def _problem(request: Request, error: ProblemError) -> Response:
-        return problem_response(error, request.url.path)
+        return problem_response(error, _path(request))
 
     @app.exception_handler(HTTPException)
     async def _http(request: Request, error: HTTPException) -> Response:
         kind = _OF_STATUS.get(error.status_code, ProblemError)
         details = {
-            404: f"There is nothing at {request.url.path[:200]}; the routes are listed at /docs.",
-            405: f"{request.method} is not offered at {request.url.path[:200]}.",
+            404: f"There is nothing at {_path(request)[:200]}; the routes are listed at /docs.",
+            405: f"{request.method} is not offered at {_path(request)[:200]}.",
         }
         problem = kind(details.get(error.status_code, str(error.detail)))
         problem.status = error.status_code
         if error.headers and "Allow" in error.headers:
             problem.extra["allow"] = error.headers["Allow"]
-        return problem_response(problem, request.url.path)
+        return problem_response(problem, _path(request))
 
     @app.exception_handler(RequestValidationError)
     async def _validation(request: Request, error: RequestValidationError) -> Response:
@@ -72,15 +75,34 @@ def install(app: FastAPI) -> None:
             FieldError(pointer=pointer(list(fault["loc"][1:])), detail=str(fault["msg"])) for fault in error.errors()
         ]
         return problem_response(
-            errors.InvalidRequest("A parameter of the request is not valid.", errors=found), request.url.path
+            errors.InvalidRequest("A parameter of the request is not valid.", errors=found), _path(request)
         )
 
     @app.exception_handler(Exception)
     async def _fault(request: Request, error: Exception) -> Response:
-        _log.error("request.fault", path=request.url.path, exc_info=error)
+        _log.error("request.fault", path=_path(request), exc_info=error)
         return problem_response(
-            errors.InternalError("A fault of the service; it was logged and can be reported."), request.url.path
+            errors.InternalError("A fault of the service; it was logged and can be reported."), _path(request)
         )
+
+
+def _path(request: Request) -> str:
+    path: str = request.scope["path"]  # request.url would be read with the Host header, which may be anything
+    return path
+
+
+@contextmanager
+def pointing(prefix: str | None) -> Iterator[None]:
+    """Around a check of a part of the body: its problems' pointers begin with `prefix`; null when it is no part."""
+    try:
+        yield
+    except ProblemError as error:
+        error.errors = [
+            FieldError(pointer=prefix + fault["pointer"], detail=fault["detail"])
+            for fault in error.errors
+            if prefix is not None
+        ]
+        raise
 
 
 def pointer(location: Sequence[Any]) -> str:

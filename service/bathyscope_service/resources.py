@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
 
 from starlette.responses import Response
 
@@ -12,6 +14,37 @@ from bathyscope_backplane.ids import KIND_PREFIX, is_id
 from bathyscope_backplane.keys import ApiKey
 from bathyscope_service.context import Context
 from bathyscope_service.jobs.views import json_response, timing_headers
+
+Piece = TypeVar("Piece")
+
+
+@contextmanager
+def may_be_deleted(resource: Resource) -> Iterator[None]:
+    """Around reading a resource's blobs: `NotFound` when they went between the look-up and the reading."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise NotFound(f"The {resource.kind} {resource.id} was deleted.") from None
+
+
+async def begun(stream: AsyncIterator[Piece]) -> AsyncIterator[Piece]:
+    """The stream with its first pieces already read, so that a fault there can still be answered with a problem.
+
+    Two, since the first may be a header that was made without the store.
+    """
+    first: list[Piece] = []
+    async for piece in stream:
+        first.append(piece)
+        if len(first) == 2:
+            break
+
+    async def whole() -> AsyncIterator[Piece]:
+        for piece in first:
+            yield piece
+        async for piece in stream:
+            yield piece
+
+    return whole()
 
 
 async def resource_of(context: Context, caller: ApiKey, kind: str, resource_id: str) -> Resource:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import socket
 
 import uvicorn
@@ -11,13 +10,16 @@ import uvicorn
 from bathyscope.errors import SetupError
 from bathyscope_backplane.logs import configure
 from bathyscope_backplane.plane import open_backplane
+from bathyscope_backplane.registry import ModelRegistry
 from bathyscope_backplane.settings import Settings
 from bathyscope_service.app import create_app
+from bathyscope_service.guards import is_loopback
 
 
 def serve(settings: Settings) -> None:
     """Serve until SIGTERM or SIGINT. Raises `SetupError` when it may not or cannot listen."""
     configure(settings.log_level)
+    ModelRegistry.load(settings)  # a faulty list is said in one sentence here, and in a traceback under uvicorn
     loopback = is_loopback(settings.host)
     if not loopback:
         asyncio.run(_require_keys(settings))
@@ -45,16 +47,6 @@ class _Server(uvicorn.Server):
         if context is not None:
             context.let_go()
         await super().shutdown(sockets)
-
-
-def is_loopback(host: str) -> bool:
-    """Whether an address is reached from this machine only."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 async def _require_keys(settings: Settings) -> None:

@@ -35,7 +35,8 @@ def test_file_and_environment(settings: Settings, tmp_path: Path) -> None:
     )
     registry = ModelRegistry.load(settings.model_copy(update={"models": f"b={folder}"}))
     assert registry.names() == ["b", "org/a", "smollm2"]
-    assert (registry.get("org/a").revision, registry.get("org/a").kind) == ("main", "hub")
+    hub = registry.get("org/a")
+    assert (hub.source, hub.revision, hub.kind) == ("hf://org/a", "main", "hub")
     facts = registry.get("b").facts
     assert facts is not None
     assert (facts.num_layers, facts.hidden_size) == (2, 8)
@@ -48,6 +49,8 @@ def test_file_and_environment(settings: Settings, tmp_path: Path) -> None:
         ("[[models]]\nname = 'a b'\nsource = 'x'", "name"),
         ("[[models]]\nname = 'a'", "source"),
         ("[[models]]\nname = 'a'\nsource = 'x'\nquantization = ['4bit']", "quantization"),
+        ("[[models]]\nname = 'a'\nsource = 'hf://o/a@x'\nrevision = 'y'", "one revision"),
+        ("[[models]]\nname = 'a'\nsource = '/a'\nrevision = 'y'", "only a hub"),
         ("[[model]]\nname = 'a'", "unknown table"),
         ("[[", "cannot be read"),
     ],
@@ -64,7 +67,18 @@ def test_a_hub_id_is_usable_only_if_allowed(settings: Settings) -> None:
         ModelRegistry.load(settings).get("Qwen/Qwen3-8B")
     open_registry = ModelRegistry.load(settings.model_copy(update={"allow_any_hub_model": True}))
     assert open_registry.get("Qwen/Qwen3-8B").source == "hf://Qwen/Qwen3-8B"
-    for name in ("../etc", "a/../b", "/etc/passwd", "a/b/c", "org/..", "a:b/c", ""):
+    for name in (
+        "../etc",
+        "a/../b",
+        "/etc/passwd",
+        "a/b/c",
+        "org/..",
+        "a:b/c",
+        "",
+        "org/name\n",
+        "org\n/name",
+        "örg/name",
+    ):
         with pytest.raises(ModelUnknown):
             open_registry.get(name)
 

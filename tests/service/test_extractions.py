@@ -297,3 +297,37 @@ def test_results_tell_their_times(live: Stack, tiny_states: dict[str, Any]) -> N
     for header in ("x-queue-time", "x-load-time", "x-inference-time", "x-total-time"):
         assert float(answer.headers[header]) >= 0
     assert int(answer.headers["x-tokens"]) == tiny_states["tokens"]["total"]
+
+
+@pytest.mark.parametrize(("options", "limit"), [({}, 512), ({"max_length": 9}, 9)])
+def test_too_many_token_ids_are_refused_at_once(live: Stack, options: dict[str, Any], limit: int) -> None:
+    inputs = [{"token_ids": [5] * limit}, {"token_ids": [5] * (limit + 1)}]
+    answer = live.post("/v1/extractions", {"model": "tiny", "inputs": inputs, **options})
+    assert answer.status_code == 422
+    assert answer.json()["type"] == "/problems/invalid-input"
+    assert [error["pointer"] for error in answer.json()["errors"]] == ["/inputs/1"]
+    cut = live.extract(inputs, model="tiny", truncation="left", layers=[0], **options)
+    assert cut["tokens"]["total"] == 2 * limit
+
+
+def test_results_that_are_deleted_while_they_are_read(live: Stack) -> None:
+    extraction = live.extract(["gone"], model="tiny", layers=[0])
+    for path in (live.data_dir / "artifacts" / "blobs" / extraction["id"]).glob("*"):
+        path.unlink()
+    for query in ({}, {"format": "npy"}, {"format": "arrow"}, {"format": "json"}, {"rows": "0"}):
+        answer = live.client.get(extraction["links"]["hidden_states"], params=query)
+        assert answer.status_code == 404, query
+        assert answer.json()["type"] == "/problems/not-found"
+
+
+def test_the_manners_of_ranges_and_validators(live: Stack, tiny_states: dict[str, Any]) -> None:
+    link = tiny_states["links"]["hidden_states"]
+    whole = live.client.get(link)
+    assert live.client.get(link, headers={"Range": "Bytes=0-3"}).content == whole.content[:4]
+    beyond = live.client.get(link, headers={"Range": f"bytes={len(whole.content)}-"})
+    assert beyond.headers["content-range"] == f"bytes */{len(whole.content)}"
+    assert live.client.get(link, headers={"If-None-Match": "*"}).status_code == 304
+    head = live.client.head(link)
+    assert (head.status_code, head.content) == (200, b"")
+    assert head.headers["content-length"] == whole.headers["content-length"]
+    assert head.headers["etag"] == whole.headers["etag"]

@@ -355,3 +355,42 @@ def test_the_service_about_itself(live: Stack) -> None:
     metrics = live.client.get("/metrics").text
     assert "bathyscope_workers 1.0" in metrics
     assert 'bathyscope_jobs_ended_total{kind="extraction",status="succeeded"}' in metrics
+
+
+@pytest.mark.parametrize(
+    ("path", "status"),
+    [("/healthz", 200), ("/v1/jobs", 200), ("/docs", 200), ("/v1/models/none", 404), ("/v1/models/tiny/load", 404)],
+)
+def test_head_is_where_get_is(live: Stack, path: str, status: int) -> None:
+    head, get = live.client.head(path), live.client.get(path)
+    assert (head.status_code, head.content) == (status, b"")
+    assert get.status_code == status
+    assert head.headers["content-type"] == get.headers["content-type"]
+    assert live.client.head(path).status_code == status  # the connection is still good
+
+
+def test_head_ends_on_a_stream_without_end(live: Stack) -> None:
+    job = live.post("/v1/extractions", {"model": "smollm2", "inputs": ["deep water " * 40] * 60}, wait=0).json()
+    head = live.client.head(f"/v1/jobs/{job['id']}/events")
+    assert head.headers["content-type"].startswith("text/event-stream")
+    assert live.client.post(f"/v1/jobs/{job['id']}/cancel").status_code == 200
+
+
+def test_a_very_long_wait_is_taken_as_sixty_seconds(live: Stack) -> None:
+    body = {"model": "tiny", "inputs": ["a"], "layers": [0]}
+    for seconds in ("99999999999", "9" * 150, "00000000000060"):
+        answer = live.client.post("/v1/extractions", json=body, headers={"Prefer": f"wait={seconds}"})
+        assert (answer.status_code, answer.json()["status"]) == (200, "succeeded")
+
+
+def test_the_list_of_models_is_paged(live: Stack) -> None:
+    first = live.client.get("/v1/models", params={"limit": 2}).json()
+    second = live.client.get("/v1/models", params={"limit": 2, "cursor": first["next_cursor"]}).json()
+    assert [model["name"] for model in first["data"] + second["data"]] == ["minilm", "smollm2", "tiny"]
+    assert second["next_cursor"] is None
+    problem(live.client.get("/v1/models", params={"cursor": "_"}), 422, "invalid-request")
+
+
+def test_loading_points_at_nothing_that_the_body_lacks(live: Stack) -> None:
+    document = problem(live.post("/v1/models/none/load", {}), 404, "model-unknown")
+    assert "errors" not in document

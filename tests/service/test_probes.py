@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from safetensors.numpy import load as load_safetensors
 
+from bathyscope.errors import InvalidRequest
+from bathyscope_workers.engine import probe_handlers
+from bathyscope_workers.engine.protocol import RunJob
 from tests.service.test_extractions import npy
 from tests.service.test_manners import problem
 from tests.stack import Stack
@@ -163,3 +167,108 @@ def test_deleting(live: Stack, states: dict[str, Any]) -> None:
     made = train(live, extraction=states["id"], labels=LABELS, C=[1.0], bootstrap=0, layers=[1])
     assert live.client.delete(f"/v1/probes/{made['id']}").status_code == 204
     problem(live.client.get(f"/v1/probes/{made['id']}"), 404, "not-found")
+
+
+DATA = {"model": "tiny", "inputs": INPUTS, "pooling": "mean"}
+
+
+@pytest.mark.parametrize(
+    ("held", "asked", "pointer"),
+    [
+        ([0, 1], [3], "/layers/0"),
+        ([0, 1], [0, -1], "/layers/1"),
+        ("all", [1, 1], "/layers/1"),
+        ("all", [4, -1], "/layers/1"),
+        ("every:3", [0, 2], "/layers/1"),
+        ("all", [9], "/layers/0"),
+    ],
+)
+def test_layers_are_checked_before_the_states_are_there(live: Stack, held: Any, asked: Any, pointer: str) -> None:
+    job = live.post("/v1/extractions", {**DATA, "layers": held}, wait=0).json()
+    done = live.job(job["id"])["resource"].rpartition("/")[2]
+    for source in ({"data": {**DATA, "layers": held}}, {"extraction": job["id"]}, {"extraction": done}):
+        document = problem(
+            live.post("/v1/probes", {**source, "labels": LABELS, "layers": asked}), 422, "invalid-request"
+        )
+        assert [error["pointer"] for error in document["errors"]] == [pointer], source
+
+
+@pytest.mark.parametrize(("asked", "pointer"), [([3], "/layers/0"), ([1, 1], "/layers/1"), ([0, -1], "/layers/1")])
+def test_the_engine_refuses_layers_that_do_not_fit(tmp_path: Path, asked: list[int], pointer: str) -> None:
+    states = tmp_path / "states"
+    np.zeros(64, "<i8").tofile(states)
+    (tmp_path / "rows").write_text("[[0, null, null], [1, null, null]]")
+    layout = {
+        "hidden_states": {"dtype": "F32", "shape": [2, 2, 4], "start": 0},
+        "token_ids": {"dtype": "I64", "shape": [2], "start": 64},
+        "offsets": {"dtype": "I64", "shape": [3], "start": 80},
+    }
+    spec = {
+        "states_path": str(states),
+        "rows_path": str(tmp_path / "rows"),
+        "layout": layout,
+        "held_layers": [0, 1],
+        "num_layers": 4,
+        "layers": asked,
+    }
+    context: Any = None  # the layers are looked at before anything is told of progress
+    with pytest.raises(InvalidRequest) as caught:
+        probe_handlers.train(RunJob("job_1", "probe", spec=spec), context)
+    assert [error["pointer"] for error in caught.value.errors] == [pointer]
+
+
+@pytest.mark.parametrize(
+    ("data", "status", "slug", "pointer"),
+    [
+        ({"model": "none"}, 404, "model-unknown", "/data/model"),
+        ({"layers": [9]}, 422, "invalid-request", "/data/layers/0"),
+        ({"quantization": "3bit"}, 422, "invalid-request", "/data/quantization"),
+        ({"inputs": ["a", {"token_ids": []}]}, 422, "invalid-input", "/data/inputs/1"),
+    ],
+)
+def test_faults_of_the_data_point_into_it(
+    live: Stack, data: dict[str, Any], status: int, slug: str, pointer: str
+) -> None:
+    answer = live.post("/v1/probes", {"data": {**DATA, **data}, "labels": LABELS})
+    assert [error["pointer"] for error in problem(answer, status, slug)["errors"]] == [pointer]
+
+
+@pytest.mark.parametrize("labels", [[0.5, 1.0], [0.25, 0.75]])
+@pytest.mark.parametrize("task", ["auto", "binary"])
+def test_regression_is_refused_at_once(live: Stack, states: dict[str, Any], labels: list[float], task: str) -> None:
+    answer = live.post("/v1/probes", {"extraction": states["id"], "labels": labels * 40, "task": task})
+    problem(answer, 501, "not-built")
+
+
+def test_questions_are_not_predicted_on(live: Stack, probe: dict[str, Any]) -> None:
+    body = {"inputs": [{"prompt": "How deep?", "answer": "Very."}]}
+    problem(live.post(f"/v1/probes/{probe['id']}/predict", body), 501, "not-built")
+
+
+def test_a_refused_probe_leaves_no_idempotency_key(tmp_path: Path, models: str) -> None:
+    made = Stack(tmp_path, models=models, limits__key_jobs=2)
+    try:
+        made.start("service", "service")
+        made.wait_alive()
+        other = made.post("/v1/extractions", {"model": "tiny", "inputs": ["a"]}, wait=0).json()
+        body = {"data": {"model": "tiny", "inputs": ["a", "b", "c", "d"]}, "labels": [0, 1, 0, 1], "folds": 2}
+        key = {"Idempotency-Key": "again"}
+        problem(made.post("/v1/probes", body, wait=0, **key), 429, "quota-exceeded")
+        assert made.client.post(f"/v1/jobs/{other['id']}/cancel").status_code == 200
+        first = made.post("/v1/probes", body, wait=0, **key)
+        assert (first.status_code, first.json()["status"]) == (202, "queued"), first.text
+        again = made.post("/v1/probes", body, wait=0, **key)
+        assert again.headers["idempotent-replayed"] == "true"
+        assert again.json()["id"] == first.json()["id"]
+        assert again.json()["status"] == "queued"
+        page = made.client.get("/v1/jobs", params={"status": "queued"}).json()["data"]
+        assert sorted(job["kind"] for job in page) == ["extraction", "probe"]
+    finally:
+        made.down()
+
+
+def test_a_replayed_probe_keeps_its_own_extraction(live: Stack) -> None:
+    body = {"data": {"model": "tiny", "inputs": ["", "a"]}, "labels": [0, 1], "folds": 2}
+    first, second = (live.post("/v1/probes", body, **{"Idempotency-Key": "failed"}).json() for _ in range(2))
+    assert first["id"] == second["id"]
+    assert live.job(first["id"])["error"]["type"] == "/problems/dependency-failed"

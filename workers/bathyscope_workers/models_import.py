@@ -27,15 +27,14 @@ def import_model(
     hub = source.startswith("hf://")
     if not hub:
         source = str(Path(source).expanduser().absolute())
-    repository, _, revision = source.partition("@") if hub else (source, "", "")
-    chosen = name or (repository.removeprefix("hf://") if hub else Path(source).stem)
+    chosen = name or (source.removeprefix("hf://").partition("@")[0] if hub else Path(source).stem)
     try:
         entry = ModelEntry(name=chosen, source=source)
         if quantizations:
             entry = entry.model_copy(update={"quantizations": [cast(Quantization, item) for item in quantizations]})
     except ValidationError as error:
         raise SetupError(f"The model cannot be called {chosen!r}: {error.errors()[0]['msg']}.") from None
-    spec = ModelSpec(name=chosen, source=repository, revision=revision or None, data_dir=str(settings.data_dir))
+    spec = ModelSpec(name=chosen, source=entry.source, revision=entry.revision, data_dir=str(settings.data_dir))
     try:
         found = locate(spec)
     except LoadFault as fault:

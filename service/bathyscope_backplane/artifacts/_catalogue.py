@@ -100,7 +100,7 @@ class Catalogue:
         self._redis: Any = redis  # replies are decoded
         self._store = store
         self._prefix = f"{{{namespace}}}:res"
-        self._tombstone_seconds = int(tombstone_days * 86_400)
+        self._tombstone_seconds = max(1, int(tombstone_days * 86_400))  # Redis refuses 0
 
     async def commit(self, resource: Resource) -> Resource:
         """Make a resource visible, or return the one that another attempt of the same job committed first.

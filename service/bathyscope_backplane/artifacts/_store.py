@@ -76,8 +76,9 @@ class ArtifactStore:
 
         Read twice at most (digest, upload), in pieces; never held in memory.
         """
-        digest, size = await asyncio.to_thread(_digest, path)
-        if self._folder is not None and await asyncio.to_thread(_adopt, path, self._folder / key):
+        target = self._folder / key if self._folder is not None else None
+        digest, size, adopted = await asyncio.to_thread(_digest_and_adopt, path, target)
+        if adopted:
             return Blob(key, size, digest)
         await self._run(obstore.put_async(self._store, key, path, chunk_size=_PART_BYTES, max_concurrency=4))
         await self._settle(key)
@@ -173,6 +174,11 @@ def _unavailable(error: BaseException) -> Unavailable:
     """The store's own words hold addresses that are no business of a client: they go to the log."""
     _log.error("store.fault", error=str(error)[:2000])
     return Unavailable("The artifact store is out of reach; try again in a moment.", retry_after=5)
+
+
+def _digest_and_adopt(path: Path, target: Path | None) -> tuple[str, int, bool]:
+    """In one thread's turn: a small result waits for no second one."""
+    return *_digest(path), target is not None and _adopt(path, target)
 
 
 def _digest(path: Path) -> tuple[str, int]:

@@ -14,7 +14,7 @@ from bathyscope.types import (
     Quantization,
     TokenIdsInput,
 )
-from bathyscope_backplane.registry import ModelEntry, ModelFacts
+from bathyscope_backplane.registry import ModelEntry
 from bathyscope_backplane.settings import Limits
 from bathyscope_service.context import Context
 
@@ -50,11 +50,16 @@ def refuse_unbuilt(body: ExtractionRequest) -> None:
         "adapter": body.adapter is not None,
         "dataset": body.dataset is not None,
         "score_choices": body.score_choices,
-        "inputs with a prompt": any(isinstance(item, PromptInput) for item in body.inputs or []),
     }
     for name, asked in later.items():
         if asked:
             raise NotBuilt(f"{name[0].upper()}{name[1:]} is part of the contract and not offered by this version.")
+    refuse_prompts(body.inputs or [])
+
+
+def wire_rows(inputs: list[Input]) -> list[Any]:
+    """The inputs as JSON values, one each."""
+    return [item if isinstance(item, str) else item.model_dump() for item in inputs]
 
 
 def check(entry: ModelEntry, options: ExtractionOptions, inputs: list[Input], limits: Limits) -> None:
@@ -62,17 +67,12 @@ def check(entry: ModelEntry, options: ExtractionOptions, inputs: list[Input], li
 
     Raises `InvalidRequest` and `InvalidInput` (422) with pointers, `TooLarge` (413) with estimate and limit.
     """
-    if len(inputs) > limits.max_rows:
-        raise TooLarge(
-            f"{len(inputs):,} inputs are over the limit of {limits.max_rows:,}; split them over several requests.",
-            estimate=len(inputs),
-            limit=limits.max_rows,
-        )
-    _check_inputs(inputs, entry.facts)
+    refuse_rows(len(inputs), limits.max_rows)
+    _check_inputs(inputs, entry, options)
     if entry.facts is None:
         return  # the worker checks again once it knows the model
-    layers = _count_layers(options, entry.facts.num_layers)
-    estimate = layers * entry.facts.hidden_size * _ITEM_BYTES[options.dtype] * _vectors(entry.facts, options, inputs)
+    layers = len(resolve_layers(options.layers, entry.facts.num_layers))
+    estimate = layers * entry.facts.hidden_size * _ITEM_BYTES[options.dtype] * _vectors(entry, options, inputs)
     if estimate > limits.max_result_bytes:
         raise TooLarge(
             f"The result is estimated at {estimate:,} bytes and the limit is {limits.max_result_bytes:,}: ask for "
@@ -82,8 +82,31 @@ def check(entry: ModelEntry, options: ExtractionOptions, inputs: list[Input], li
         )
 
 
-def _check_inputs(inputs: list[Input], facts: ModelFacts | None) -> None:
+def refuse_rows(rows: int, limit: int) -> None:
+    """Raise `TooLarge` for more inputs than one request may have."""
+    if rows > limit:
+        raise TooLarge(
+            f"{rows:,} inputs are over the limit of {limit:,}; split them over several requests.",
+            estimate=rows,
+            limit=limit,
+        )
+
+
+def refuse_prompts(inputs: list[Input]) -> None:
+    """Raise `NotBuilt` for inputs that ask a question."""
+    if any(isinstance(item, PromptInput) for item in inputs):
+        raise NotBuilt("Inputs with a prompt are part of the contract and not offered by this version.")
+
+
+def _longest(entry: ModelEntry, options: ExtractionOptions) -> int | None:
+    """Most tokens of one input, null while unknown."""
+    own = entry.facts.max_length if entry.facts is not None else None
+    return min(filter(None, (options.max_length, entry.max_length, own)), default=None)
+
+
+def _check_inputs(inputs: list[Input], entry: ModelEntry, options: ExtractionOptions) -> None:
     found: list[FieldError] = []
+    facts, longest = entry.facts, _longest(entry, options)
     for number, item in enumerate(inputs):
         if not isinstance(item, TokenIdsInput):
             continue
@@ -95,40 +118,44 @@ def _check_inputs(inputs: list[Input], facts: ModelFacts | None) -> None:
                     pointer=f"/inputs/{number}/token_ids", detail=f"the model's token ids end at {facts.vocab_size - 1}"
                 )
             )
+        elif options.truncation == "error" and longest is not None and len(item.token_ids) > longest:
+            detail = f"has {len(item.token_ids)} tokens, the limit is {longest}: shorten it, or set truncation"
+            found.append(FieldError(pointer=f"/inputs/{number}", detail=detail))
         if len(found) == 50:
             break
     if found:
-        raise InvalidInput("An input gives the model nothing it can read.", errors=found)
+        raise InvalidInput("An input is not one that the model can read.", errors=found)
 
 
-def _count_layers(options: ExtractionOptions, num_layers: int) -> int:
-    if options.layers == "all":
-        return num_layers + 1
-    if isinstance(options.layers, str):
-        step = int(options.layers.partition(":")[2])
-        return len({*range(0, num_layers + 1, step), num_layers})
-    resolved: set[int] = set()
+def resolve_layers(layers: list[int] | str, num_layers: int) -> list[int]:
+    """The layer numbers that a request's `layers` stand for. Raises `InvalidRequest` for those that do not fit."""
+    if layers == "all":
+        return list(range(num_layers + 1))
+    if isinstance(layers, str):
+        step = int(layers.partition(":")[2])
+        return sorted({*range(0, num_layers + 1, step), num_layers})
+    resolved: dict[int, None] = {}
     found: list[FieldError] = []
-    for number, layer in enumerate(options.layers):
+    for number, layer in enumerate(layers):
         index = layer + num_layers + 1 if layer < 0 else layer
         if not 0 <= index <= num_layers:
             detail = f"this model's layers are 0 to {num_layers}, or -{num_layers + 1} to -1"
             found.append(FieldError(pointer=f"/layers/{number}", detail=detail))
         elif index in resolved:
             found.append(FieldError(pointer=f"/layers/{number}", detail=f"layer {index} is named twice"))
-        resolved.add(index)
+        resolved[index] = None
     if found:
         raise InvalidRequest("The layers do not fit the model.", errors=found[:50])
-    return len(resolved)
+    return list(resolved)
 
 
-def _vectors(facts: ModelFacts, options: ExtractionOptions, inputs: list[Input]) -> int:
+def _vectors(entry: ModelEntry, options: ExtractionOptions, inputs: list[Input]) -> int:
     """Vectors of one layer: one an input, or with pooling none an upper bound of the tokens."""
     if options.pooling != "none":
         return len(inputs)
     if options.positions is not None and options.positions.tokens is not None:
         return len(inputs) * len(options.positions.tokens)
-    bound = min(filter(None, (options.max_length, facts.max_length)), default=None)
+    bound = _longest(entry, options)
     total = 0
     for item in inputs:
         tokens = _token_bound(item)

@@ -14,15 +14,22 @@ from bathyscope.types import Extraction, ExtractionRequest, Format, Job, Page
 from bathyscope_backplane.ids import new_id
 from bathyscope_service.bodies import describes, json_body
 from bathyscope_service.context import Caller, Context, Ctx
-from bathyscope_service.extractions.checks import check, lane_of, model_entry, refuse_unbuilt
+from bathyscope_service.extractions.checks import check, lane_of, model_entry, refuse_unbuilt, wire_rows
 from bathyscope_service.extractions.representations import MEDIA_TYPES, States
 from bathyscope_service.jobs.submission import Work, answer, refuse_webhook, submit
 from bathyscope_service.problems import responses
-from bathyscope_service.resources import resource_list, resource_of, resource_response, result_headers
+from bathyscope_service.resources import (
+    begun,
+    may_be_deleted,
+    resource_list,
+    resource_of,
+    resource_response,
+    result_headers,
+)
 
 router = APIRouter(prefix="/v1/extractions", tags=["extractions"])
 
-_RANGE = re.compile(r"^bytes=(\d{0,18})-(\d{0,18})$")
+_RANGE = re.compile(r"bytes=([0-9]{0,18})-([0-9]{0,18})", re.IGNORECASE)
 
 _EXAMPLE = {
     "model": "smollm2",
@@ -62,24 +69,24 @@ async def create_extraction(
     body: Annotated[ExtractionRequest, Depends(json_body(ExtractionRequest))],
 ) -> Response:
     """Queue the extraction of hidden states of texts; the job's `resource` is the extraction."""
-    work = await extraction_work(context, body)
+    work = await extraction_work(context, body, request.state.body_bytes)
     job_id, replayed = await submit(context, request, caller, work)
-    return await answer(context, request, caller, job_id, replayed)
+    return await answer(context, request, caller, work, job_id, replayed)
 
 
-async def extraction_work(context: Context, body: ExtractionRequest) -> Work:
-    """The job of a valid request. Raises what the front end can tell."""
+async def extraction_work(context: Context, body: ExtractionRequest, size: int) -> Work:
+    """The job of a valid request, which came in a body of `size` bytes. Raises what the front end can tell."""
     refuse_webhook(body)
     refuse_unbuilt(body)
     entry = await model_entry(context, body.model, body.quantization)
     inputs = body.inputs or []
-    check(entry, body, inputs, context.plane.settings.limits)
+    await context.apart(size, check, entry, body, inputs, context.plane.settings.limits)
     spec = body.model_dump(exclude={"inputs", "dataset", "priority", "webhook"})
     return Work(
         kind="extraction",
         lane=lane_of(entry, body),
         spec=spec,
-        rows=[item if isinstance(item, str) else item.model_dump() for item in inputs],
+        rows=await context.apart(size, wire_rows, inputs),
         request={**body.model_dump(exclude={"inputs"}, exclude_defaults=True), "inputs": len(inputs)},
         resource_id=new_id("ext"),
         priority=body.priority,
@@ -157,17 +164,21 @@ async def get_hidden_states(
     selection = states.select(layers, rows)
     etag = states.etag(chosen, selection)
     headers = {**result_headers(resource), "ETag": etag, "Cache-Control": "private, max-age=3600", "Vary": "Accept"}
-    if etag in [tag.strip().removeprefix("W/") for tag in request.headers.get("if-none-match", "").split(",")]:
+    known = [tag.strip().removeprefix("W/") for tag in request.headers.get("if-none-match", "").split(",")]
+    if etag in known or known == ["*"]:
         return Response(status_code=304, headers=headers)
     media_type = MEDIA_TYPES[chosen]
     headers["Content-Disposition"] = f'attachment; filename="{extraction_id}.{chosen}"'
     states.require(chosen)
-    if chosen == "json":
-        content = await states.json(selection, context.plane.settings.limits.max_json_bytes)
-        return Response(content, headers=headers, media_type=media_type)
-    if chosen == "arrow":
-        return StreamingResponse(states.arrow(selection), headers=headers, media_type=media_type)
-    pieces = await states.pieces(chosen, selection)
+    limits = context.plane.settings.limits
+    with may_be_deleted(resource):
+        if chosen == "json":
+            content = await states.json(selection, limits.max_json_bytes)
+            return Response(content, headers=headers, media_type=media_type)
+        if chosen == "arrow":
+            stream = await begun(await states.arrow(selection, limits.max_arrow_bytes))
+            return StreamingResponse(stream, headers=headers, media_type=media_type)
+        pieces = await states.pieces(chosen, selection)
     start, end, status = 0, len(pieces), 200
     if pieces.contiguous:
         headers["Accept-Ranges"] = "bytes"
@@ -176,12 +187,13 @@ async def get_hidden_states(
         if status == 206:
             headers["Content-Range"] = f"bytes {start}-{end - 1}/{len(pieces)}"
     headers["Content-Length"] = str(end - start)
-    return StreamingResponse(pieces.stream(start, end), status, headers, media_type)
+    with may_be_deleted(resource):
+        return StreamingResponse(await begun(pieces.stream(start, end)), status, headers, media_type)
 
 
 def _range(header: str | None, length: int) -> tuple[int, int, int]:
     """First byte, byte after the last, and status, for one range (RFC 9110); several are answered whole."""
-    found = _RANGE.match(header.strip()) if header is not None else None
+    found = _RANGE.fullmatch(header.strip()) if header is not None else None
     if found is None or not (found[1] or found[2]):
         return 0, length, 200
     if not found[1]:
@@ -191,7 +203,9 @@ def _range(header: str | None, length: int) -> tuple[int, int, int]:
     if start >= end:
         if found[1] and found[2] and int(found[2]) < int(found[1]):
             return 0, length, 200  # not a range at all
-        raise errors.RangeUnsatisfiable(f"The representation has {length} bytes; {header} asks for none of them.")
+        raise errors.RangeUnsatisfiable(
+            f"The representation has {length} bytes; {header} asks for none of them.", length=length
+        )
     return start, end, 206
 
 

@@ -169,12 +169,25 @@ class States:
         text += b" " * (-len(text) % 8)
         return Pieces(self._store, self._blob.key, [len(text).to_bytes(8, "little") + text, *parts])
 
-    async def arrow(self, selection: Selection) -> AsyncIterator[bytes]:
+    async def arrow(self, selection: Selection, limit: int) -> AsyncIterator[bytes]:
         """The Arrow IPC stream, one row an input: `index`, `token_ids`, `hidden_states`.
 
         `hidden_states` is the row's numbers, flat: `[layers, hidden]`, with pooling none `[tokens, layers, hidden]`;
-        the shape stands in the schema's metadata.
+        the shape stands in the schema's metadata. A record batch is made in memory and holds one input at least:
+        raises `TooLarge` when the largest has more than `limit` bytes.
         """
+        groups = await self._row_groups(selection)
+        largest = max((size for _, _, size in groups), default=0)
+        if largest > limit:
+            raise TooLarge(
+                f"The largest input has {largest:,} bytes of states and Arrow is given up to {limit:,} for one; ask "
+                "for safetensors or npy, which have no such bound.",
+                estimate=largest,
+                limit=limit,
+            )
+        return self._arrow(selection, [(first, last) for first, last, _ in groups])
+
+    async def _arrow(self, selection: Selection, groups: list[tuple[int, int]]) -> AsyncIterator[bytes]:
         states = self._tensors["hidden_states"]
         layers = len(self._layers) if selection.layers is None else len(selection.layers)
         width = layers * states.shape[2]
@@ -186,7 +199,7 @@ class States:
         )
         sink = io.BytesIO()
         with pa.ipc.new_stream(sink, schema) as writer:
-            async for first, last in self._row_groups(selection):
+            for first, last in groups:
                 offsets = await self._offsets(first, last)
                 numbers = await self._array(selection, first, last, offsets)
                 ids = await self._numbers("token_ids", int(offsets[0]), int(offsets[-1]))
@@ -206,14 +219,15 @@ class States:
         yield sink.getvalue()
 
     async def json(self, selection: Selection, limit: int) -> bytes:
-        """Everything as JSON, below a limit in bytes of the tensor. Raises `TooLarge`."""
+        """Everything as JSON, below a limit in bytes of states and token ids. Raises `TooLarge`."""
         states = self._tensors["hidden_states"]
         vectors = await self._vectors(selection)
         shape = self._shape(selection, vectors)
-        size = int(np.prod(shape)) * _NUMPY[states.dtype].itemsize
+        low, high = await self._tokens(*selection.rows)
+        size = int(np.prod(shape)) * _NUMPY[states.dtype].itemsize + 8 * (high - low + shape[0] + 1)
         if size > limit:
             raise TooLarge(
-                f"The tensor has {size:,} bytes and JSON is given up to {limit:,}; ask for safetensors, npy or arrow, "
+                f"The result has {size:,} bytes and JSON is given up to {limit:,}; ask for safetensors, npy or arrow, "
                 "or for fewer layers or rows.",
                 estimate=size,
                 limit=limit,
@@ -280,22 +294,20 @@ class States:
         whole = np.frombuffer(data, _NUMPY[states.dtype]).reshape(high - low, *states.shape[1:])
         return whole if selection.layers is None else whole[:, selection.layers]
 
-    async def _row_groups(self, selection: Selection) -> AsyncIterator[tuple[int, int]]:
-        """Consecutive inputs whose states are some megabytes together."""
-        states = self._tensors["hidden_states"]
+    async def _row_groups(self, selection: Selection) -> list[tuple[int, int, int]]:
+        """First input, input after the last, and bytes of groups of some megabytes; a larger input is one by itself."""
+        row_bytes = self._tensors["hidden_states"].row_bytes
         first, last = selection.rows
-        if not self._ragged:
-            step = max(1, CHUNK_BYTES // max(1, states.row_bytes))
-            for start in range(first, last, step):
-                yield start, min(start + step, last)
-            return
         offsets = await self._offsets(first, last)
-        vectors = max(1, CHUNK_BYTES // max(1, states.row_bytes))
-        start = first
-        for row in range(first, last):
-            if offsets[row + 1 - first] - offsets[start - first] >= vectors or row + 1 == last:
-                yield start, row + 1
-                start = row + 1
+        tokens = offsets - offsets[0]
+        vectors = tokens if self._ragged else np.arange(len(tokens))
+        ends = vectors * row_bytes + tokens * 8  # bytes before each input, of states and token ids
+        groups, start = [], 0
+        while start < last - first:
+            stop = max(start + 1, int(np.searchsorted(ends, ends[start] + CHUNK_BYTES, "right")) - 1)
+            groups.append((first + start, first + stop, int(ends[stop] - ends[start])))
+            start = stop
+        return groups
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,7 +24,7 @@ from bathyscope_service.problems import responses
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
 
 _KEEP_ALIVE_SECONDS = 15.0
-_EVENT_ID = re.compile(r"^\d{1,20}-\d{1,20}$")
+_EVENT_ID = re.compile(r"([0-9]{1,20})-([0-9]{1,20})")
 
 
 @router.get("", summary="List jobs", response_model=Page[Job], responses=responses(errors.InvalidRequest))
@@ -101,13 +101,17 @@ async def job_events(job_id: str, request: Request, context: Ctx, caller: Caller
     streams = context.streams
     if streams.taken.total() >= streams.total or streams.taken[caller.id] >= streams.per_key:
         raise errors.QuotaExceeded("Too many event streams are open; close one or poll the job.", retry_after=5)
-    last = request.headers.get("last-event-id", "")
-    after = last if _EVENT_ID.match(last) else "0"
     return StreamingResponse(
-        _events(context, caller, job_id, after),
+        _events(context, caller, job_id, _after(request.headers.get("last-event-id", ""))),
         media_type="text/event-stream",
         headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"},
     )
+
+
+def _after(last: str) -> str:
+    """The event after which to go on: all of them for what is no id of a Redis stream, two numbers of 64 bits."""
+    found = _EVENT_ID.fullmatch(last)
+    return last if found and int(found[1]) < 2**64 and int(found[2]) < 2**64 else "0"
 
 
 async def _events(context: Context, caller: ApiKey, job_id: str, after: str) -> AsyncIterator[bytes]:
@@ -118,16 +122,16 @@ async def _events(context: Context, caller: ApiKey, job_id: str, after: str) -> 
             return
         async with context.listener.job(job_id) as waiter:
             while not context.draining:
-                found = await context.plane.broker.events(job_id, after)
                 try:
+                    found = await context.plane.broker.events(job_id, after)
                     record = await job_of(context, caller, job_id)
-                except errors.ProblemError:  # it expired meanwhile
+                    data = orjson.dumps(await job_view(context, record)) if found or record.ended else b""
+                except errors.ProblemError:  # expired meanwhile, or Redis is silent: the client comes back and is told
                     return
                 now = asyncio.get_running_loop().time()
-                if found or record.ended:
+                if data:
                     after = found[-1].id if found else after
                     name = "done" if record.ended else "progress"
-                    data = orjson.dumps(await job_view(context, record))
                     yield b"id: %b\nevent: %b\ndata: %b\n\n" % (after.encode(), name.encode(), data)
                     quiet_since = now
                     if record.ended:

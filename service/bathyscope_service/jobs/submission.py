@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import re
 from dataclasses import dataclass, field
@@ -12,16 +13,16 @@ import orjson
 from fastapi import Request
 from starlette.responses import Response
 
-from bathyscope.errors import InvalidRequest, NotBuilt
+from bathyscope.errors import InvalidRequest, NotBuilt, ProblemError, Unavailable
 from bathyscope.types import Priority, WorkRequest
 from bathyscope_backplane.broker import Idempotency, JobRecord, NewJob
 from bathyscope_backplane.ids import new_id
 from bathyscope_backplane.keys import ApiKey
 from bathyscope_service.context import Context
-from bathyscope_service.jobs.views import job_of, job_view, json_response, timing_headers
+from bathyscope_service.jobs.views import accepted_view, job_of, job_view, json_response, timing_headers
 
 MAX_WAIT_SECONDS = 60
-_WAIT = re.compile(r"(?:^|[,;\s])wait\s*=\s*\"?(\d{1,9})\"?(?:$|[,;\s])", re.IGNORECASE)
+_WAIT = re.compile(r"(?:^|[,;\s])wait\s*=\s*\"?0*([0-9]{1,200})\"?(?:$|[,;\s])", re.IGNORECASE)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -54,14 +55,13 @@ async def submit(context: Context, request: Request, caller: ApiKey, work: Work)
     payload: dict[str, Any] = {"spec": work.spec}
     rows_key: str | None = None
     if work.rows is not None:
-        lines = b"\n".join(orjson.dumps(row) for row in work.rows)
+        lines = await context.apart(request.state.body_bytes, _lines, work.rows)
         if len(lines) > plane.settings.limits.inline_payload_bytes:
             rows_key = f"inputs/{job_id}.jsonl"
             await plane.store.put(rows_key, lines)
             payload["rows_key"] = rows_key
         else:
             payload["rows"] = work.rows
-    replayed = True
     try:
         submitted = await plane.broker.submit(
             NewJob(
@@ -78,20 +78,43 @@ async def submit(context: Context, request: Request, caller: ApiKey, work: Work)
                 idempotency=idempotency,
             )
         )
-        replayed = submitted.replayed
-    finally:
-        if replayed and rows_key is not None:  # refused or a replay: nothing is left behind
-            await asyncio.shield(plane.store.delete(rows_key))
+    except Unavailable:
+        raise  # whether the job is queued is not known: its rows stay, and the sweep takes those of no job
+    except ProblemError:
+        await _drop(context, rows_key)
+        raise
+    if submitted.replayed:
+        await _drop(context, rows_key)
     return submitted.id, submitted.replayed
 
 
-async def answer(context: Context, request: Request, caller: ApiKey, job_id: str, replayed: bool) -> Response:
-    """The answer to a POST that made a job: `200` when it ended while the request waited, else `202`."""
-    record = await wait_for(context, caller, job_id, wanted_wait(request))
+def _lines(rows: list[Any]) -> bytes:
+    return b"\n".join(orjson.dumps(row) for row in rows)
+
+
+async def _drop(context: Context, rows_key: str | None) -> None:
+    """Remove the rows of a job that was not made; what cannot be removed now is swept later."""
+    if rows_key is not None:
+        with contextlib.suppress(Unavailable):
+            await asyncio.shield(context.plane.store.delete(rows_key))
+
+
+async def answer(
+    context: Context, request: Request, caller: ApiKey, work: Work, job_id: str, replayed: bool
+) -> Response:
+    """The answer to a POST that made a job: `200` when it ended while the request waited, else `202`.
+
+    The job is accepted by now, so a Redis that falls silent here is no reason to answer anything else.
+    """
     headers = {"Location": f"/v1/jobs/{job_id}"}
     if replayed:
         headers["Idempotent-Replayed"] = "true"
-    return await job_answer(context, request, record, headers, unfinished=202)
+    try:
+        record = await wait_for(context, caller, job_id, wanted_wait(request))
+        return await job_answer(context, request, record, dict(headers), unfinished=202)
+    except Unavailable:
+        accepted = accepted_view(job_id, work.kind, work.priority, work.request)
+        return json_response(accepted, 202, {**headers, "Retry-After": "5"})
 
 
 async def job_answer(
@@ -127,7 +150,7 @@ async def wait_for(context: Context, caller: ApiKey, job_id: str, seconds: int) 
 def wanted_wait(request: Request) -> int:
     """Seconds of `Prefer: wait=N` (RFC 7240), at most 60; 0 without it."""
     found = _WAIT.search(", ".join(request.headers.getlist("prefer")))
-    return min(int(found[1]), MAX_WAIT_SECONDS) if found else 0
+    return min(int(found[1]), MAX_WAIT_SECONDS) if found else 0  # 200 digits are nothing to `int`
 
 
 def refuse_webhook(body: WorkRequest) -> None:
@@ -142,5 +165,5 @@ def _idempotency(request: Request, caller: ApiKey, part: str) -> Idempotency | N
         return None
     if not 1 <= len(given) <= 255:
         raise InvalidRequest("An Idempotency-Key has 1 to 255 characters.")
-    scope = "\0".join((caller.id, request.url.path, given, part))
+    scope = "\0".join((caller.id, request.scope["path"], given, part))
     return Idempotency(key=hashlib.sha256(scope.encode()).hexdigest(), body=request.state.body_digest)

@@ -10,7 +10,7 @@ from starlette.responses import Response
 
 from bathyscope.errors import Expired, NotFound
 from bathyscope_backplane.broker import JobRecord
-from bathyscope_backplane.ids import is_id
+from bathyscope_backplane.ids import is_id, made_ms
 from bathyscope_backplane.keys import ApiKey
 from bathyscope_service.context import Context
 
@@ -58,6 +58,23 @@ async def job_view(context: Context, record: JobRecord) -> dict[str, Any]:
         "error": error,
         "timings": record.timings,
         "request": record.request,
+        "webhook": None,
+    }
+
+
+def accepted_view(job_id: str, kind: str, priority: str, request: dict[str, Any]) -> dict[str, Any]:
+    """The wire form of a job of which nothing is known but that it was queued, while Redis does not answer."""
+    return {
+        "id": job_id,
+        "kind": kind,
+        "status": "queued",
+        "progress": {"stage": None, "done": 0, "total": None, "unit": None},
+        "priority": priority,
+        "created_at": rfc3339(made_ms(job_id)),
+        "resource": None,
+        "error": None,
+        "timings": {},
+        "request": request,
         "webhook": None,
     }
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from base64 import urlsafe_b64decode, urlsafe_b64encode
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Depends, Request
+from fastapi import APIRouter, Depends, Query, Request
 from starlette.responses import Response
 
 from bathyscope import errors
+from bathyscope.errors import FieldError
 from bathyscope.types import ExtractionOptions, Job, LoadRequest, Model, Page
 from bathyscope_backplane.keys import ApiKey
 from bathyscope_backplane.registry import ModelEntry
@@ -37,14 +39,30 @@ _JOB_RESPONSES: dict[int | str, dict[str, Any]] = {
 }
 
 
-@router.get("", summary="List models", response_model=Page[Model], responses=responses())
-async def list_models(context: Ctx, caller: Caller) -> Response:
-    """Every base model that the operator offers, and where it is resident."""
+@router.get("", summary="List models", response_model=Page[Model], responses=responses(errors.InvalidRequest))
+async def list_models(
+    context: Ctx,
+    caller: Caller,
+    limit: Annotated[int, Query(ge=1, le=200)] = 200,
+    cursor: Annotated[str | None, Query(max_length=512)] = None,
+) -> Response:
+    """Every base model that the operator offers, by name, and where it is resident."""
+    after = _name_of(cursor) if cursor is not None else ""
+    names = [name for name in context.plane.registry.names() if name > after]
     alive = await context.plane.workers.alive()
-    entries = [
-        await context.plane.workers.entry(context.plane.registry, name) for name in context.plane.registry.names()
-    ]
-    return json_response({"data": [_view(entry, alive) for entry in entries], "next_cursor": None})
+    entries = [await context.plane.workers.entry(context.plane.registry, name) for name in names[:limit]]
+    next_cursor = urlsafe_b64encode(names[limit - 1].encode()).decode() if len(names) > limit else None
+    return json_response({"data": [_view(entry, alive) for entry in entries], "next_cursor": next_cursor})
+
+
+def _name_of(cursor: str) -> str:
+    try:
+        return urlsafe_b64decode(cursor).decode()
+    except ValueError:
+        raise errors.InvalidRequest(
+            "The cursor is not one that this list gave.",
+            errors=[FieldError(pointer="/cursor", detail="take next_cursor from the page before")],
+        ) from None
 
 
 @router.get("/{name:path}", summary="Read a model", response_model=Model, responses=responses(errors.ModelUnknown))
@@ -101,7 +119,11 @@ async def _residency_job(
     body: LoadRequest,
 ) -> Response:
     refuse_webhook(body)
-    entry = await model_entry(context, name, body.quantization)
+    try:
+        entry = await model_entry(context, name, body.quantization)
+    except errors.ModelUnknown as error:
+        error.errors = []  # the name is in the path, not in the body
+        raise
     options = ExtractionOptions(model=name, quantization=body.quantization, compute_dtype=body.compute_dtype)
     work = Work(
         kind="model",
@@ -111,7 +133,7 @@ async def _residency_job(
         priority=body.priority,
     )
     job_id, replayed = await submit(context, request, caller, work)
-    return await answer(context, request, caller, job_id, replayed)
+    return await answer(context, request, caller, work, job_id, replayed)
 
 
 def _view(entry: ModelEntry, alive: dict[str, dict[str, Any]]) -> dict[str, Any]:

@@ -13,9 +13,16 @@ from bathyscope.types import Job, Page, Prediction, PredictRequest, Probe, Probe
 from bathyscope_service.bodies import describes, json_body
 from bathyscope_service.context import Caller, Ctx
 from bathyscope_service.jobs.submission import answer, submit
-from bathyscope_service.probes.work import prediction_work, probe_work
+from bathyscope_service.probes.work import drop_parent, prediction_work, probe_work
 from bathyscope_service.problems import responses
-from bathyscope_service.resources import resource_list, resource_of, resource_response, result_headers
+from bathyscope_service.resources import (
+    begun,
+    may_be_deleted,
+    resource_list,
+    resource_of,
+    resource_response,
+    result_headers,
+)
 
 router = APIRouter(tags=["probes"])
 
@@ -68,11 +75,17 @@ async def create_probe(
     work, parent = await probe_work(context, request, caller, body)
     try:
         job_id, replayed = await submit(context, request, caller, work)
+    except errors.Unavailable:
+        raise  # whether the probe is queued is not known, and if so it needs its extraction
     except errors.ProblemError:
-        if parent is not None:  # the extraction was made for this probe alone
-            await context.plane.broker.cancel(parent)
+        if parent is not None:
+            await drop_parent(context, parent)
         raise
-    return await answer(context, request, caller, job_id, replayed)
+    if replayed and parent is not None:
+        first = await context.plane.broker.get(job_id)
+        if first is not None and parent not in first.parents:
+            await drop_parent(context, parent)
+    return await answer(context, request, caller, work, job_id, replayed)
 
 
 @router.get("/v1/probes", summary="List probes", response_model=Page[Probe], responses=responses(errors.InvalidRequest))
@@ -121,7 +134,8 @@ async def get_weights(probe_id: str, context: Ctx, caller: Caller) -> Response:
         "Content-Length": str(blob.bytes),
         "Content-Disposition": f'attachment; filename="{probe_id}.safetensors"',
     }
-    stream = context.plane.store.stream(blob.key, 0, blob.bytes)
+    with may_be_deleted(resource):
+        stream = await begun(context.plane.store.stream(blob.key, 0, blob.bytes))
     return StreamingResponse(stream, headers=headers, media_type="application/vnd.safetensors")
 
 
@@ -142,9 +156,9 @@ async def predict(
 ) -> Response:
     """Probabilities for new inputs, extracted under the probe's own identity, or for an existing extraction."""
     probe = await resource_of(context, caller, "probe", probe_id)
-    work = await prediction_work(context, caller, probe, body)
+    work = await prediction_work(context, caller, probe, body, request.state.body_bytes)
     job_id, replayed = await submit(context, request, caller, work)
-    return await answer(context, request, caller, job_id, replayed)
+    return await answer(context, request, caller, work, job_id, replayed)
 
 
 @router.get(

@@ -2,28 +2,38 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any
 
 from fastapi import Request
 
-from bathyscope.errors import FieldError, IdentityMismatch, InvalidRequest, NotBuilt, StateConflict
+from bathyscope.errors import (
+    FieldError,
+    IdentityMismatch,
+    InvalidRequest,
+    ModelUnknown,
+    NotBuilt,
+    StateConflict,
+    Unavailable,
+)
 from bathyscope.types import ExtractionOptions, Identity, PredictRequest, ProbeRequest
 from bathyscope_backplane.artifacts import Resource
 from bathyscope_backplane.ids import new_id
 from bathyscope_backplane.keys import ApiKey
 from bathyscope_service.context import Context
-from bathyscope_service.extractions.checks import check, lane_of, model_entry
+from bathyscope_service.extractions.checks import check, lane_of, model_entry, refuse_prompts, resolve_layers, wire_rows
 from bathyscope_service.extractions.endpoints import extraction_work
 from bathyscope_service.jobs.submission import Work, refuse_webhook, submit
 from bathyscope_service.jobs.views import job_of
+from bathyscope_service.problems import pointing
 from bathyscope_service.resources import resource_of
 
 _BUILT_BASELINES = {"length", "shuffled_labels"}
 
 
 async def probe_work(context: Context, request: Request, caller: ApiKey, body: ProbeRequest) -> tuple[Work, str | None]:
-    """The job of a probe, and the id of the extraction job that was queued for it alone.
+    """The job of a probe, and the id of the extraction job that was queued for it alone, by this request.
 
     `extraction` may be an `ext_…` that exists, or the `job_…` of one in the making.
     """
@@ -34,15 +44,16 @@ async def probe_work(context: Context, request: Request, caller: ApiKey, body: P
     made_here: str | None = None
     rows: int | None
     if body.data is not None:
-        data = await extraction_work(context, body.data)
+        with pointing("/data"):
+            data = await extraction_work(context, body.data, request.state.body_bytes)
         if body.data.pooling == "none":
             raise _needs_pooling("/data/pooling")
-        rows, extraction_id = len(data.rows or []), data.resource_id
+        rows = len(data.rows or [])
         _check_lengths(body, rows)
-        data.part, data.priority = "data", body.priority
-        parent, replayed = await submit(context, request, caller, data)
+        _check_layers(body, *await _layers_of(context, body.data.model, body.data.layers))
+        data.priority = body.priority
+        parent, extraction_id, replayed = await _submit_parent(context, request, caller, data)
         parents, made_here = (parent,), None if replayed else parent
-        extraction_id = (await job_of(context, caller, parent)).resource_id
     elif body.extraction is not None and body.extraction.startswith("job_"):
         record = await job_of(context, caller, body.extraction)
         if record.kind != "extraction":
@@ -53,6 +64,8 @@ async def probe_work(context: Context, request: Request, caller: ApiKey, body: P
         if record.status in ("failed", "cancelled", "expired"):
             raise StateConflict(f"The extraction's job is {record.status}; make the extraction anew.")
         rows, extraction_id, parents = record.request.get("inputs"), record.resource_id, (record.id,)
+        asked = record.request.get("layers", "all")
+        _check_layers(body, *await _layers_of(context, record.request.get("model", ""), asked))
         if record.request.get("pooling") == "none":
             raise _needs_pooling("/extraction")
     else:
@@ -60,7 +73,7 @@ async def probe_work(context: Context, request: Request, caller: ApiKey, body: P
         rows, extraction_id = resource.body["inputs"], resource.id
         if resource.body["pooling"] == "none":
             raise _needs_pooling("/extraction")
-        _check_layers(body, resource)
+        _check_layers(body, resource.body["layers"], resource.body["num_layers"])
     if rows is not None:
         _check_lengths(body, rows)
     spec = body.model_dump(exclude={"labels", "groups", "split", "data", "priority", "webhook"})
@@ -85,6 +98,42 @@ async def probe_work(context: Context, request: Request, caller: ApiKey, body: P
     )
 
 
+async def _submit_parent(
+    context: Context, request: Request, caller: ApiKey, work: Work
+) -> tuple[str, str | None, bool]:
+    """Queue the extraction of a probe: its job, what it makes, and whether an earlier request queued it.
+
+    Of an earlier one with the same Idempotency-Key that did not succeed a new one is made, under a key of its own.
+    """
+    work.part = "data"
+    while True:
+        parent, replayed = await submit(context, request, caller, work)
+        if not replayed:
+            return parent, work.resource_id, False
+        record = await job_of(context, caller, parent)
+        if not record.cancel_requested and record.status not in ("failed", "cancelled", "expired"):
+            return parent, record.resource_id, True
+        work.part = f"data after {parent}"
+
+
+async def drop_parent(context: Context, job_id: str) -> None:
+    """End the extraction of a probe that was not made, and its Idempotency-Key with it."""
+    with contextlib.suppress(Unavailable, StateConflict):
+        await context.plane.broker.cancel(job_id)
+        await context.plane.broker.forget(job_id)
+
+
+async def _layers_of(context: Context, model: str, asked: list[int] | str) -> tuple[list[int] | None, int | None]:
+    """The layers that an extraction in the making will hold, and the model's blocks; null while not known."""
+    try:
+        entry = await context.plane.workers.entry(context.plane.registry, model)
+        if entry.facts is None:
+            return None, None
+        return resolve_layers(asked, entry.facts.num_layers), entry.facts.num_layers
+    except (ModelUnknown, InvalidRequest):  # the job says so itself
+        return None, None
+
+
 def _refuse_unbuilt(body: ProbeRequest) -> None:
     later = {
         'labels "correct"': body.labels == "correct",
@@ -93,6 +142,9 @@ def _refuse_unbuilt(body: ProbeRequest) -> None:
         f"the calibration {body.calibration}": body.calibration != "none",
         "variant": body.variant is not None,
         "a baseline other than length and shuffled_labels": not set(body.baselines) <= _BUILT_BASELINES,
+        "regression, which labels that are not whole numbers mean,": any(
+            isinstance(label, float) and not label.is_integer() for label in body.labels
+        ),
     }
     for name, asked in later.items():
         if asked:
@@ -109,18 +161,24 @@ def _check_lengths(body: ProbeRequest, rows: int) -> None:
         raise InvalidRequest("Labels, groups and split go with the inputs, one for each.", errors=found)
 
 
-def _check_layers(body: ProbeRequest, resource: Resource) -> None:
+def _check_layers(body: ProbeRequest, held: list[int] | None, depth: int | None) -> None:
+    """Refuse a layer that the extraction lacks or that comes twice, as far as its layers are known."""
     if body.layers == "all":
         return
-    held = resource.body["layers"]
-    depth = resource.body["num_layers"]
-    found = [
-        FieldError(pointer=f"/layers/{number}", detail=f"the extraction holds the layers {', '.join(map(str, held))}")
-        for number, layer in enumerate(body.layers)
-        if (layer + depth + 1 if layer < 0 else layer) not in held
-    ]
+    seen: set[int] = set()
+    found: list[FieldError] = []
+    for number, asked in enumerate(body.layers):
+        layer = asked + depth + 1 if asked < 0 and depth is not None else asked
+        detail = None
+        if layer in seen:
+            detail = f"layer {layer} is named twice"
+        elif held is not None and layer not in held:
+            detail = f"the extraction holds the layers {', '.join(map(str, held))}"
+        if detail is not None:
+            found.append(FieldError(pointer=f"/layers/{number}", detail=detail))
+        seen.add(layer)
     if found:
-        raise InvalidRequest("A layer is not in the extraction.", errors=found)
+        raise InvalidRequest("The layers do not fit the extraction.", errors=found[:50])
 
 
 def _needs_pooling(pointer: str) -> InvalidRequest:
@@ -128,8 +186,10 @@ def _needs_pooling(pointer: str) -> InvalidRequest:
     return InvalidRequest("The states are not pooled.", errors=[FieldError(pointer=pointer, detail=detail)])
 
 
-async def prediction_work(context: Context, caller: ApiKey, probe: Resource, body: PredictRequest) -> Work:
-    """The job of a prediction. Raises `IdentityMismatch` unless the states are the probe's own or `transfer` is set."""
+async def prediction_work(context: Context, caller: ApiKey, probe: Resource, body: PredictRequest, size: int) -> Work:
+    """The job of a prediction, asked for in a body of `size` bytes.
+
+    Raises `IdentityMismatch` unless the states are the probe's own or `transfer` is set."""
     refuse_webhook(body)
     if body.per_token or body.also:
         raise NotBuilt("per_token and also are part of the contract and not offered by this version.")
@@ -158,13 +218,15 @@ async def prediction_work(context: Context, caller: ApiKey, probe: Resource, bod
         compute_dtype=identity.compute_dtype,  # type: ignore[arg-type]
         **probe.private.get("options", {}),
     )
-    entry = await model_entry(context, options.model, options.quantization)
-    check(entry, options, body.inputs, context.plane.settings.limits)
+    refuse_prompts(body.inputs)
+    with pointing(None):
+        entry = await model_entry(context, options.model, options.quantization)
+    await context.apart(size, check, entry, options, body.inputs, context.plane.settings.limits)
     return Work(
         kind="prediction",
         lane=lane_of(entry, options),
         spec={**options.model_dump(), **spec},
-        rows=[item if isinstance(item, str) else item.model_dump() for item in body.inputs],
+        rows=await context.apart(size, wire_rows, body.inputs),
         request={**summary, "probe": probe.id, "inputs": len(body.inputs)},
         resource_id=new_id("prd"),
         priority=body.priority,

@@ -14,6 +14,7 @@ import numpy as np
 import orjson
 from numpy.typing import NDArray
 
+from bathyscope.errors import FieldError, InvalidRequest
 from bathyscope_workers.engine.handlers import JobContext
 from bathyscope_workers.engine.protocol import RunJob
 from bathyscope_workers.extraction.extraction import ExtractionResult
@@ -37,7 +38,7 @@ def train(job: RunJob, context: JobContext) -> dict[str, Any]:
     labels, groups, split = (list(column) for column in zip(*rows, strict=True))
     held: list[int] = spec["held_layers"]
     depth = spec["num_layers"]
-    wanted = held if spec["layers"] == "all" else [n + depth + 1 if n < 0 else n for n in spec["layers"]]
+    wanted = held if spec["layers"] == "all" else _resolved(spec["layers"], held, depth)
     if wanted != held:
         states = states[:, [held.index(layer) for layer in wanted]]
     result = sweep(
@@ -73,6 +74,24 @@ def predict_inputs(job: RunJob, result: ExtractionResult, context: JobContext) -
     place = result.tensors["hidden_states"]
     states = np.memmap(result.path, np.dtype("<f4"), "r", place["offset"], tuple(place["shape"]))
     return {**_write(job, probe, states[:, 0]), "provenance": result.provenance}
+
+
+def _resolved(asked: list[int], held: list[int], depth: int) -> list[int]:
+    """Layer numbers as the extraction has them. Raises `InvalidRequest` for one that it lacks or that comes twice."""
+    wanted = [layer + depth + 1 if layer < 0 else layer for layer in asked]
+    found = [
+        FieldError(
+            pointer=f"/layers/{number}",
+            detail=f"layer {layer} is named twice"
+            if layer in held
+            else f"the extraction holds the layers {', '.join(map(str, held))}",
+        )
+        for number, layer in enumerate(wanted)
+        if layer not in held or layer in wanted[:number]
+    ]
+    if found:
+        raise InvalidRequest("The layers do not fit the extraction.", errors=found[:50])
+    return wanted
 
 
 def _write(job: RunJob, probe: FittedProbe, states: NDArray[Any]) -> dict[str, Any]:

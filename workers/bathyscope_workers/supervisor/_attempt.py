@@ -133,7 +133,7 @@ class Attempt:
                 return self.kind.path(lease.resource_id)
         payload = orjson.loads(lease.payload)
         work = JobWork(self.plane, lease, payload, self.scratch, self.resident)
-        await asyncio.to_thread(self.scratch.mkdir, parents=True, exist_ok=True)
+        self.scratch.mkdir()
         commands = await self.kind.commands(work)
         if self.cancelled:
             raise _Stopped

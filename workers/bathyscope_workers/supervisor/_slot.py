@@ -182,7 +182,7 @@ class Slot:
             entry = self._plane.registry.get(name)
             return ModelSpec(
                 name=name,
-                source=entry.source.partition("@")[0] if entry.kind == "hub" else entry.source,
+                source=entry.source,
                 revision=entry.revision,
                 quantization=quantization,  # type: ignore[arg-type]
                 compute_dtype=dtype,  # type: ignore[arg-type]

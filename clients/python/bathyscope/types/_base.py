@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from datetime import datetime
 from typing import Annotated, Any, Generic, Literal, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 Item = TypeVar("Item")
 
+_SPARE_FIELDS = 32
+"""Unknown fields of one object that are reported one by one; more are one fault."""
+
 
 class RequestModel(BaseModel):
-    """A body that a client sends: an unknown or mistyped field is an error, `NaN` and `Infinity` too."""
+    """A body that a client sends: an unknown or mistyped field is an error, `NaN` and `Infinity` too.
+
+    Lists that may be long stop at their first fault, so that no body makes more faults than can be told.
+    """
 
     model_config = ConfigDict(
         extra="forbid",
@@ -20,6 +27,13 @@ class RequestModel(BaseModel):
         use_attribute_docstrings=True,
         protected_namespaces=(),
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _few_unknown_fields(cls, value: Any) -> Any:
+        if isinstance(value, dict) and len(value) > len(cls.model_fields) + _SPARE_FIELDS:
+            raise ValueError(f"it has {len(value)} fields, and {len(cls.model_fields)} are known")
+        return value
 
 
 class AnswerModel(BaseModel):
@@ -39,8 +53,22 @@ _METADATA_BYTES = 16_384
 
 
 def _small(value: dict[str, Any]) -> dict[str, Any]:
-    if len(repr(value)) > _METADATA_BYTES:
-        raise ValueError(f"metadata may hold at most {_METADATA_BYTES} characters; keep larger things on your side")
+    left = _METADATA_BYTES
+    open_: list[Any] = [value]
+    while open_:
+        item = open_.pop()
+        if isinstance(item, float) and not math.isfinite(item):
+            raise ValueError("metadata holds a number beyond the range of a 64-bit float")
+        if isinstance(item, dict):
+            left -= 2 + sum(len(str(key)) + 6 for key in item)
+            open_ += item.values()
+        elif isinstance(item, list | tuple):
+            left -= 2 + 2 * len(item)
+            open_ += item
+        else:
+            left -= len(item) + 2 if isinstance(item, str) else len(repr(item))
+        if left < 0:
+            raise ValueError(f"metadata may hold at most {_METADATA_BYTES} characters; keep larger things on your side")
     return value
 
 

@@ -41,7 +41,7 @@ class MessagesInput(RequestModel):
 class TokenIdsInput(RequestModel):
     """A text that is tokenised already; nothing is added to it."""
 
-    token_ids: list[Annotated[int, Field(ge=0, lt=2**31)]]
+    token_ids: list[Annotated[int, Field(ge=0, lt=2**31)]] = Field(fail_fast=True)
     """Ids of the model's own vocabulary."""
 
 
@@ -113,7 +113,7 @@ class ExtractionOptions(RequestModel):
     model: str = Field(min_length=1, max_length=256)
     """Name of a base model, as `GET /v1/models` gives it."""
 
-    adapter: str | list[str] | None = None
+    adapter: str | Annotated[list[str], Field(max_length=64)] | None = None
     """An adapter's id, null for the base model, or a list such as `["base", "ad_…"]` for each on the same tokens."""
 
     quantization: Quantization = "none"
@@ -168,7 +168,7 @@ class ExtractionOptions(RequestModel):
 class ExtractionRequest(ExtractionOptions, WorkRequest):
     """`POST /v1/extractions`."""
 
-    inputs: list[Input] | None = Field(default=None, min_length=1)
+    inputs: list[Input] | None = Field(default=None, min_length=1, fail_fast=True)
     """The texts."""
 
     dataset: dict[str, Any] | None = None

@@ -25,7 +25,7 @@ class ProbeRequest(WorkRequest):
     data: ExtractionRequest | None = None
     """An extraction to make first, instead of `extraction`."""
 
-    labels: list[Label] | Literal["correct"]
+    labels: Annotated[list[Label], Field(fail_fast=True)] | Literal["correct"]
     """One a row: classes as booleans, whole numbers or strings."""
 
     task: Literal["auto", "binary", "multiclass", "regression"] = "auto"
@@ -34,10 +34,10 @@ class ProbeRequest(WorkRequest):
     variant: str | None = Field(default=None, max_length=64)
     """Which variant of a paired extraction to train on."""
 
-    groups: list[StrictInt | StrictStr] | None = None
+    groups: list[StrictInt | StrictStr] | None = Field(default=None, fail_fast=True)
     """One a row: rows of one group never sit on both sides of a split."""
 
-    split: list[Literal["train", "test"]] | None = None
+    split: list[Literal["train", "test"]] | None = Field(default=None, fail_fast=True)
     """One a row: a split of the caller's own instead of folds."""
 
     layers: Literal["all"] | Annotated[list[int], Field(min_length=1, max_length=4096)] = "all"
@@ -226,7 +226,7 @@ class Probe(AnswerModel):
 class PredictRequest(WorkRequest):
     """`POST /v1/probes/{id}/predict`."""
 
-    inputs: list[Input] | None = Field(default=None, min_length=1)
+    inputs: list[Input] | None = Field(default=None, min_length=1, fail_fast=True)
     """New texts, extracted under the probe's own identity."""
 
     extraction: str | None = Field(default=None, max_length=64)
