@@ -19,7 +19,7 @@ KIND_PREFIX: dict[str, Prefix] = {
 }
 """The id prefix of what each kind of job makes."""
 
-_ID = re.compile(r"^(job|ad|ext|prb|prd|cmp|exp|ds|key)_[0-9a-hjkmnp-tv-z]{26}$")
+_ID = re.compile(r"(job|ad|ext|prb|prd|cmp|exp|ds|key)_[0-9a-hjkmnp-tv-z]{26}")
 
 
 def new_id(prefix: Prefix) -> str:
@@ -29,7 +29,7 @@ def new_id(prefix: Prefix) -> str:
 
 def is_id(text: str, prefix: Prefix) -> bool:
     """Whether the text has the form of an id with this prefix; anything else cannot exist."""
-    return text.startswith(prefix + "_") and _ID.match(text) is not None
+    return text.startswith(prefix + "_") and _ID.fullmatch(text) is not None
 
 
 def made_ms(an_id: str) -> int:

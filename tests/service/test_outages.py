@@ -130,8 +130,9 @@ async def test_the_extraction_of_a_probe_that_may_be_queued_goes_on(context: Con
     with pytest.raises(Unavailable):
         await create_probe(request(), context, LOCAL, body)
     async with asyncio.timeout(20):
-        while len(jobs := (await broker.list("local", limit=9)).jobs) < 2:
-            await asyncio.sleep(0.05)
+        jobs = (await broker.list("local", limit=9)).jobs
+        while len(jobs) < 2:
+            jobs = (await broker.list("local", limit=9)).jobs
     assert {job.kind: job.status for job in jobs} == {"probe": "queued", "extraction": "queued"}
 
 

@@ -273,7 +273,7 @@ class Extraction(AnswerModel):
     """Of the whole safetensors artifact, hex."""
 
     tokens: dict[str, int]
-    """`total` tokens of all inputs, `longest` input, `computed` including padding."""
+    """`total` tokens of all inputs, `computed` including padding, `kept` as vectors with pooling none."""
 
     cache_hits: int = 0
     """Inputs that were not computed anew."""
