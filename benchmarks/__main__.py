@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -29,6 +30,7 @@ _BFLOAT16_ONLY = {"mixed-bfloat16"}
 def main() -> int:
     """Run the rows; 0 also when a goal is missed, since a slow machine is no broken build."""
     options = _parser().parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the stack ends with the run
     # The terminal's own width where there is one; in a log, wide enough not to fold every cell.
     console = Console(width=None if sys.stdout.isatty() else 150)
     wanted = options.only or [name for name in ROWS if name not in _BFLOAT16_ONLY or machine.has_fast_bfloat16()]

@@ -82,6 +82,13 @@ def test_new_inputs_are_extracted_under_the_probes_identity(
     assert on_inputs["transfer"] is False
 
 
+def test_lists_describe_predictions_without_their_numbers(live: Stack, probe: dict[str, Any]) -> None:
+    made = predict(live, probe, inputs=INPUTS[:3])
+    listed = live.client.get("/v1/predictions", params={"limit": 1}).json()["data"][0]
+    assert {**listed, "probabilities": made["probabilities"], "labels": made["labels"]} == made
+    assert (listed["probabilities"], len(made["probabilities"])) == ([], 3)
+
+
 def test_the_same_request_gives_the_same_numbers(live: Stack, states: dict[str, Any], probe: dict[str, Any]) -> None:
     again = train(live, extraction=states["id"], labels=LABELS, C=[1.0], bootstrap=100)
     assert again["report"] == probe["report"]

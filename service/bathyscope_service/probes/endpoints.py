@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
+import orjson
 from fastapi import APIRouter, Depends, Query, Request
 from fastapi.responses import StreamingResponse
 from starlette.responses import Response
@@ -13,6 +14,7 @@ from bathyscope.types import Job, Page, Prediction, PredictRequest, Probe, Probe
 from bathyscope_service.bodies import describes, json_body
 from bathyscope_service.context import Caller, Ctx
 from bathyscope_service.jobs.submission import answer, submit
+from bathyscope_service.jobs.views import json_response
 from bathyscope_service.probes.work import drop_parent, prediction_work, probe_work
 from bathyscope_service.problems import responses
 from bathyscope_service.resources import (
@@ -185,7 +187,11 @@ async def list_predictions(
 )
 async def get_prediction(prediction_id: str, context: Ctx, caller: Caller) -> Response:
     """Probabilities, one row an input and one column a class."""
-    return resource_response(await resource_of(context, caller, "prediction", prediction_id))
+    resource = await resource_of(context, caller, "prediction", prediction_id)
+    numbers = await context.plane.store.get(resource.blobs["prediction"].key)
+    if numbers is None:
+        raise errors.NotFound(f"There is no prediction {prediction_id!r}.")
+    return json_response({**resource.body, **orjson.loads(numbers)}, headers=result_headers(resource))
 
 
 @router.delete(

@@ -98,12 +98,11 @@ def _write(job: RunJob, probe: FittedProbe, states: NDArray[Any]) -> dict[str, A
     probabilities = probe.predict(states)
     path = Path(job.scratch) / "prediction.json"
     content = {
-        "classes": list(probe.classes),
         "probabilities": probabilities,
         "labels": probe.labels(probabilities),
     }
     path.write_bytes(orjson.dumps(content, option=orjson.OPT_SERIALIZE_NUMPY))
-    return {"prediction_path": str(path)}
+    return {"prediction_path": str(path), "classes": list(probe.classes)}
 
 
 def _tensor(path: str, entry: dict[str, Any]) -> NDArray[Any]:

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 from pathlib import Path
 from typing import Any
-
-import orjson
 
 from bathyscope_backplane.artifacts import Resource
 from bathyscope_workers.jobs._base import JobWork
@@ -36,17 +33,19 @@ class PredictionJob:
         return [work.run_command(spec=spec)]
 
     async def conclude(self, work: JobWork, event: dict[str, Any]) -> Resource:
-        """Describe the probabilities."""
+        """Upload the probabilities and describe them; Redis and lists hold the description only."""
         result = event["result"]
-        found = orjson.loads(await asyncio.to_thread(Path(result["prediction_path"]).read_bytes))
+        blob = await work.keep(Path(result["prediction_path"]), ".json")
         if "provenance" in result:
             identity = identity_of(result["provenance"])
         else:
             identity = (await work.needed(work.spec["extraction"])).body["identity"]
         body = {
             "probe": work.spec["probe"],
-            **found,
+            "classes": result["classes"],
+            "probabilities": [],
+            "labels": [],
             "identity": identity,
             "transfer": work.spec.get("transfer", False),
         }
-        return work.resource(body)
+        return work.resource(body, blobs={"prediction": blob})

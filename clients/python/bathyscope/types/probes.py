@@ -263,11 +263,11 @@ class Prediction(AnswerModel):
     classes: list[Label]
     """The classes, in the order of the probabilities."""
 
-    probabilities: list[list[float]]
-    """One row an input, one column a class."""
+    probabilities: list[list[float]] = Field(default_factory=list)
+    """One row an input, one column a class; empty in lists."""
 
-    labels: list[Label]
-    """The most probable class of each input."""
+    labels: list[Label] = Field(default_factory=list)
+    """The most probable class of each input; empty in lists."""
 
     identity: Identity
     """The states that were read."""
