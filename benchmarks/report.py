@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.measure import Spread
+from benchmarks.measure import QUIET_CORES, Spread
 
 
 @dataclass(slots=True)
@@ -120,8 +120,9 @@ def show(rows: Sequence[Row], machine: Mapping[str, Any], console: Console) -> N
             console.print(f"  {note}", highlight=False)
     cores, load = machine["cores"], machine["load_average"]
     console.print(f"{machine['processor']}, {cores} cores, load average at the start {load[0]:.2f}", highlight=False)
-    if any(row.foreign_cores > 0.2 for row in rows):
-        console.print("Other programs used these cores meanwhile: trust the ratios, not the absolute numbers.")
+    disturbed = [row.name for row in rows if row.foreign_cores > QUIET_CORES]
+    if disturbed:
+        console.print(f"Others used these cores during {', '.join(disturbed)}: times there say little, measure again.")
 
 
 def write(path: Path, rows: Sequence[Row], machine: Mapping[str, Any], options: Mapping[str, Any]) -> None:
