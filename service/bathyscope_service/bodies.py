@@ -18,7 +18,7 @@ from pydantic_core import from_json
 
 from bathyscope.errors import FieldError, InvalidRequest, MalformedBody, RequestTimeout, TooLarge, UnsupportedMedia
 from bathyscope.types import RequestModel
-from bathyscope_service.context import get_context
+from bathyscope_service.context import context_of
 from bathyscope_service.extractions.checks import refuse_rows
 from bathyscope_service.problems import pointer
 
@@ -44,7 +44,7 @@ def json_body(model: type[Body]) -> Callable[[Request], Awaitable[Body]]:
             raise UnsupportedMedia(
                 f"The body's type is {media_type or 'missing'!r}; send JSON with Content-Type: application/json."
             )
-        context = get_context(request)
+        context = context_of(request)
         limits = context.plane.settings.limits
         data = await read_bounded(request, limits.max_body_bytes)
         body, digest = await context.apart(len(data), parse, model, data, limits.max_rows)

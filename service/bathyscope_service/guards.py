@@ -105,7 +105,7 @@ def _check_origin(headers: Headers) -> None:
         raise Forbidden("A page of another site may not use a service that runs without keys.")
 
 
-def require_admin(request: Request) -> ApiKey:
+async def require_admin(request: Request) -> ApiKey:
     """A dependency: the caller, who must have the scope `admin`."""
     caller: ApiKey = request.state.caller
     if not caller.admin:
