@@ -14,7 +14,7 @@ from tests.stack import Stack, stack
 def narrow(tmp_path_factory: pytest.TempPathFactory, models: str) -> Iterator[Stack]:
     """A worker that holds one job at a time."""
     with stack(
-        tmp_path_factory.mktemp("narrow"), models=models, worker__concurrent_jobs=1, worker__starvation_seconds=1
+        tmp_path_factory.mktemp("narrow"), models=models, worker__concurrent_jobs=1, worker__starvation_seconds=0
     ) as running:
         running.extract(["warm"], model="tiny", compute_dtype="float32")
         yield running
@@ -27,7 +27,9 @@ def submit(running: Stack, **body: Any) -> str:
 
 
 def test_a_backlog_shuts_nobody_out(narrow: Stack) -> None:
-    backlog = [submit(narrow, model="tiny", compute_dtype="float32", inputs=["deep water"] * 1500) for _ in range(30)]
+    # Many seconds of work beside a worker that looks for starving lanes once a second.
+    long = {"model": "tiny", "compute_dtype": "float32", "inputs": ["deep water " * 10] * 500, "layers": "all"}
+    backlog = [submit(narrow, **long) for _ in range(40)]
     same_resident = submit(narrow, model="tiny", inputs=["mine"])
     cold = submit(narrow, model="minilm", inputs=["mine"])
     started = sorted((narrow.job(job)["started_at"], job) for job in [*backlog, same_resident, cold])
