@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
 from typing import Any
 
 import orjson
@@ -12,6 +11,7 @@ from bathyscope.errors import Expired, NotFound
 from bathyscope_backplane.broker import JobRecord
 from bathyscope_backplane.ids import is_id, made_ms
 from bathyscope_backplane.keys import ApiKey
+from bathyscope_backplane.times import rfc3339
 from bathyscope_service.context import Context
 
 
@@ -77,13 +77,6 @@ def accepted_view(job_id: str, kind: str, priority: str, request: dict[str, Any]
         "request": request,
         "webhook": None,
     }
-
-
-def rfc3339(milliseconds: int | None) -> str | None:
-    """A time as the contract writes it, null when there is none."""
-    if milliseconds is None:
-        return None
-    return datetime.fromtimestamp(milliseconds / 1000, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
 def timing_headers(timings: dict[str, float], tokens: int | None = None) -> dict[str, str]:

@@ -13,6 +13,7 @@ from bathyscope.errors import Expired, InternalError
 from bathyscope_backplane.artifacts import Blob, Resource
 from bathyscope_backplane.broker import Lease
 from bathyscope_backplane.plane import Backplane
+from bathyscope_backplane.times import rfc3339
 from bathyscope_workers.engine.protocol import RunJob
 from bathyscope_workers.models.spec import ModelSpec
 
@@ -116,15 +117,11 @@ class JobWork:
                 "id": self.lease.resource_id,
                 "job": self.lease.job_id,
                 **body,
-                "created_at": _rfc3339(now),
-                "expires_at": _rfc3339(expires),
+                "created_at": rfc3339(now),
+                "expires_at": rfc3339(expires),
             },
             **rest,
         )
-
-
-def _rfc3339(milliseconds: int) -> str:
-    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(milliseconds // 1000)) + f".{milliseconds % 1000:03d}Z"
 
 
 class JobKind(Protocol):
