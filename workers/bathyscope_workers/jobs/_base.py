@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -34,9 +34,6 @@ class JobWork:
 
     resident: ModelSpec | None
     """The base model of the job's lane, null on a lane without one."""
-
-    timings: dict[str, float] = field(default_factory=dict)
-    """The engine's, once it is done."""
 
     @property
     def spec(self) -> dict[str, Any]:

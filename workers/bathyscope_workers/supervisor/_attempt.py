@@ -67,6 +67,7 @@ class Attempt:
     _progress: dict[str, Any] | None = None
     _reporting: asyncio.Task[None] | None = None
     _started: float = 0.0
+    _engine_timings: dict[str, float] = field(default_factory=dict)
 
     async def run(self) -> None:
         """Do it and settle the lease. Raises `EngineGone`, for the slot to settle; nothing else."""
@@ -148,8 +149,7 @@ class Attempt:
             raise LostLease(lease.job_id)
         if event["ev"] == "failed":
             raise _reported(event)
-        work.timings = event.get("timings", {})
-        self._engine_timings = work.timings
+        self._engine_timings = event.get("timings", {})
         if lease.resource_id is None:
             await self.kind.conclude(work, event)
             return self.kind.path(None)
@@ -167,8 +167,6 @@ class Attempt:
             with contextlib.suppress(Unavailable):  # the sweep removes it later
                 await self.plane.store.delete(payload["rows_key"])
         return self.kind.path(lease.resource_id)
-
-    _engine_timings: dict[str, float] = field(default_factory=dict)
 
     def _timings(self) -> dict[str, float]:
         """Seconds: `queue` until taken, `load`, `inference`, `total` since it was submitted."""
