@@ -4,12 +4,14 @@
     ├── ConnectionFailed            the service could not be reached, or the answer broke off
     ├── WaitTimeout                 `.wait(timeout=…)` ran out; the job goes on
     ├── UnexpectedAnswer            an answer that is not of this API
+    ├── SignatureInvalid            a webhook that the service did not send, or not now
     ├── SetupError                  a start-up fault of a process: settings, a missing extra, a port
     └── ProblemError                an RFC 9457 problem, raised by the service and raised again by the SDK
         ├── InvalidRequest           422  invalid-request
         ├── InvalidInput             422  invalid-input          (an input is empty, too long, not renderable)
         ├── IdempotencyMismatch      422  idempotency-mismatch
         ├── MalformedBody            400  malformed-body
+        ├── MalformedRequest         400  malformed-request      (bytes that are not HTTP/1.1)
         ├── Unauthorized             401  unauthorized
         ├── Forbidden                403  forbidden              (scope, Host or Origin)
         ├── NotFound                 404  not-found
@@ -21,19 +23,37 @@
         ├── IdentityMismatch         409  identity-mismatch
         ├── Expired                  410  expired
         ├── TooLarge                 413  too-large
+        ├── UrlTooLong               414  url-too-long
         ├── UnsupportedMedia         415  unsupported-media
         ├── RangeUnsatisfiable       416  range-not-satisfiable
+        ├── AdapterInvalid           422  adapter-invalid        (the root of what is wrong with an adapter)
+        │   ├── AdapterTooLarge      413  adapter-too-large
+        │   ├── AdapterArchiveUnreadable  422  adapter-archive-unreadable
+        │   ├── AdapterArchiveUnsafe  422  adapter-archive-unsafe
+        │   ├── AdapterBaseMismatch  422  adapter-base-mismatch
+        │   ├── AdapterConfigInvalid  422  adapter-config-invalid
+        │   ├── AdapterConfigMissing  422  adapter-config-missing
+        │   ├── AdapterIncomplete    422  adapter-incomplete
+        │   ├── AdapterPickled       422  adapter-pickled
+        │   ├── AdapterTensorsInvalid  422  adapter-tensors-invalid
+        │   ├── AdapterTensorsUnmatched  422  adapter-tensors-unmatched
+        │   ├── AdapterUnsupported   422  adapter-unsupported
+        │   ├── AdapterValuesInvalid  422  adapter-values-invalid
+        │   └── AdapterWeightsMalformed  422  adapter-weights-malformed
+        ├── HeadersTooLarge          431  headers-too-large
         ├── LaneFull                 429  lane-full
         ├── QuotaExceeded            429  quota-exceeded
         ├── InternalError            500  internal-error
         ├── NotBuilt                 501  not-built
         ├── Unavailable              503  unavailable            (Redis or the store is out of reach)
+        │   └── OutOfSpace           503  out-of-space           (a disk or Redis' memory is full)
         └── of failed jobs only (the status is what the same fault would have answered at submission)
             ├── ModelLoadFailed      500  model-load-failed
             ├── OutOfMemory          500  out-of-memory
             ├── EngineDied           500  engine-died
             ├── EngineHung           500  engine-hung
             ├── LeaseLapsed          500  lease-lapsed
+            ├── CredentialUnreadable 500  credential-unreadable  (the worker has another master key)
             ├── DependencyFailed     424  dependency-failed
             └── JobCancelled         409  job-cancelled
 
@@ -43,6 +63,7 @@ The service raises these, a worker stores `problem()` in the failed job, and the
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, ClassVar, TypedDict
 
 
@@ -70,6 +91,10 @@ class WaitTimeout(BathyscopeError, TimeoutError):
 
 class UnexpectedAnswer(BathyscopeError):
     """An answer that does not follow this API: another service, or a proxy's own page."""
+
+
+class SignatureInvalid(BathyscopeError):
+    """A webhook's signature is missing, too old, or not the service's: what came with it is not to be trusted."""
 
 
 class SetupError(BathyscopeError):
@@ -129,6 +154,12 @@ class MalformedBody(ProblemError):
     """The body is not what its media type says."""
 
     slug, status, title = "malformed-body", 400, "The body cannot be read"
+
+
+class MalformedRequest(ProblemError):
+    """The bytes on the connection are not a request of HTTP/1.1."""
+
+    slug, status, title = "malformed-request", 400, "The request cannot be read"
 
 
 class Unauthorized(ProblemError):
@@ -203,6 +234,12 @@ class TooLarge(ProblemError):
     slug, status, title = "too-large", 413, "Too large"
 
 
+class UrlTooLong(ProblemError):
+    """The URL is longer than the service reads; the numbers are in `detail`."""
+
+    slug, status, title = "url-too-long", 414, "The URL is too long"
+
+
 class UnsupportedMedia(ProblemError):
     """The body's media type or encoding is not accepted here."""
 
@@ -233,10 +270,114 @@ class IdempotencyMismatch(ProblemError):
     slug, status, title = "idempotency-mismatch", 422, "Idempotency-Key used with another body"
 
 
+class AdapterInvalid(ProblemError):
+    """An adapter that is refused; the subclasses say why."""
+
+    slug, status, title = "adapter-invalid", 422, "The adapter cannot be used"
+
+    MAX_NAMES: ClassVar[int] = 20
+    """So many tensors, entries or fields at fault are listed in `names`; `count` says how many there are."""
+
+    def __init__(self, detail: str, *, names: Iterable[str] = (), **extra: Any) -> None:
+        listed = [str(name)[:512] for name in names]
+        if listed:
+            extra = {"count": len(listed), **extra, "names": listed[: self.MAX_NAMES]}
+        super().__init__(detail, **extra)
+
+    @property
+    def names(self) -> list[str]:
+        """What is at fault, as far as it is listed."""
+        return list(self.extra.get("names", []))
+
+
+class AdapterTooLarge(AdapterInvalid):
+    """An adapter's archive or file is over a limit of size, count or compression; the numbers are in `detail`."""
+
+    slug, status, title = "adapter-too-large", 413, "The adapter is too large"
+
+
+class AdapterArchiveUnreadable(AdapterInvalid):
+    """An adapter's archive is of no known format, or corrupt."""
+
+    slug, status, title = "adapter-archive-unreadable", 422, "The archive cannot be read"
+
+
+class AdapterArchiveUnsafe(AdapterInvalid):
+    """An adapter's archive holds links, devices, paths that lead out of it, duplicates or lies about its entries."""
+
+    slug, status, title = "adapter-archive-unsafe", 422, "The archive is not safe to unpack"
+
+
+class AdapterBaseMismatch(AdapterInvalid):
+    """An adapter's shapes or layers are not those of the base model."""
+
+    slug, status, title = "adapter-base-mismatch", 422, "The adapter was made for another base model"
+
+
+class AdapterConfigInvalid(AdapterInvalid):
+    """A field of `adapter_config.json` is missing, of the wrong type or out of bounds."""
+
+    slug, status, title = "adapter-config-invalid", 422, "The adapter's config is not valid"
+
+
+class AdapterConfigMissing(AdapterInvalid):
+    """There is no `adapter_config.json`, and the tensors alone do not tell what it would say."""
+
+    slug, status, title = "adapter-config-missing", 422, "The adapter has no config"
+
+
+class AdapterIncomplete(AdapterInvalid):
+    """An adapter's file is truncated, or a file or tensor that it needs is not there."""
+
+    slug, status, title = "adapter-incomplete", 422, "Part of the adapter is missing"
+
+
+class AdapterPickled(AdapterInvalid):
+    """An adapter's weights are a pickle, which can run code."""
+
+    slug, status, title = "adapter-pickled", 422, "Pickled weights are never loaded"
+
+
+class AdapterTensorsInvalid(AdapterInvalid):
+    """An A without its B, a rank other than the config's, a type that is no float, or two tensors for one place."""
+
+    slug, status, title = "adapter-tensors-invalid", 422, "The adapter's tensors do not fit together"
+
+
+class AdapterTensorsUnmatched(AdapterInvalid):
+    """Tensors of an adapter have no place on the base model; `names` lists them."""
+
+    slug, status, title = "adapter-tensors-unmatched", 422, "The adapter does not land on the base model"
+
+
+class AdapterUnsupported(AdapterInvalid):
+    """An adapter asks for something that is not applied exactly here; the feature is named."""
+
+    slug, status, title = "adapter-unsupported", 422, "The adapter uses a feature that is not supported"
+
+
+class AdapterValuesInvalid(AdapterInvalid):
+    """Values of an adapter's tensors are not finite."""
+
+    slug, status, title = "adapter-values-invalid", 422, "The adapter holds NaN or infinite values"
+
+
+class AdapterWeightsMalformed(AdapterInvalid):
+    """The header of an adapter's safetensors file contradicts the format or the file's size."""
+
+    slug, status, title = "adapter-weights-malformed", 422, "The adapter's weights file is malformed"
+
+
 class DependencyFailed(ProblemError):
     """A job that this one waited for did not succeed."""
 
     slug, status, title = "dependency-failed", 424, "A job this one needs did not succeed"
+
+
+class HeadersTooLarge(ProblemError):
+    """The header fields are more, or longer, than the service reads; the numbers are in `detail`."""
+
+    slug, status, title = "headers-too-large", 431, "The header is too large"
 
 
 class LaneFull(ProblemError):
@@ -287,6 +428,12 @@ class LeaseLapsed(ProblemError):
     slug, status, title = "lease-lapsed", 500, "The worker was lost"
 
 
+class CredentialUnreadable(ProblemError):
+    """The worker could not open the credential that came with the request."""
+
+    slug, status, title = "credential-unreadable", 500, "The credential could not be opened"
+
+
 class NotBuilt(ProblemError):
     """Part of the contract that this version does not offer yet."""
 
@@ -297,6 +444,12 @@ class Unavailable(ProblemError):
     """Redis or the artifact store is out of reach."""
 
     slug, status, title = "unavailable", 503, "Temporarily unavailable"
+
+
+class OutOfSpace(Unavailable):
+    """A disk, or the memory of Redis, has no room for more work."""
+
+    slug, status, title = "out-of-space", 503, "No room for more work"
 
 
 def _all_problems(root: type[ProblemError]) -> dict[str, type[ProblemError]]:
