@@ -3,7 +3,7 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 
-.PHONY: demo test bench bench-full lint clean
+.PHONY: demo test faults bench bench-full soak lint clean
 
 demo: $(VENV)/.all
 	$(BIN)/bathyscope demo
@@ -11,11 +11,19 @@ demo: $(VENV)/.all
 test: $(VENV)/.test
 	$(BIN)/python -m pytest
 
+# Kills, hangs and full disks at length: about ten minutes. BATHYSCOPE_FAULTS_SEED repeats an attack.
+faults: $(VENV)/.test
+	BATHYSCOPE_FAULTS=whole $(BIN)/python -m pytest tests/faults -v
+
 bench: $(VENV)/.bench
 	$(BIN)/python -m benchmarks
 
 bench-full: $(VENV)/.bench
 	$(BIN)/python -m benchmarks --full
+
+# Twenty minutes at the highest rate that the service accepts; not part of CI.
+soak: $(VENV)/.bench
+	$(BIN)/python -m benchmarks.soak
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check

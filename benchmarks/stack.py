@@ -32,7 +32,7 @@ _READY_SECONDS = 180.0
 class Stack:
     """The running processes."""
 
-    def __init__(self, data_dir: Path) -> None:
+    def __init__(self, data_dir: Path, **settings: object) -> None:
         self.data_dir = data_dir
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -46,6 +46,7 @@ class Stack:
             "BATHYSCOPE_REDIS_URL": self.redis_url,
             "BATHYSCOPE_PORT": str(port),
             "BATHYSCOPE_LOG_LEVEL": "warning",
+            **{f"BATHYSCOPE_{name.upper()}": str(value) for name, value in settings.items()},
         }
         self._lifeline = os.pipe()
         """The children drain when this process dies and its writing end closes."""
@@ -130,14 +131,14 @@ class Stack:
 
 
 @contextlib.contextmanager
-def running() -> Iterator[Stack]:
-    """A private installation, ended and removed afterwards."""
+def running(**settings: object) -> Iterator[Stack]:
+    """A private installation, ended and removed afterwards; `settings` become `BATHYSCOPE_…` variables."""
     with tempfile.TemporaryDirectory(prefix="bathyscope-bench-", ignore_cleanup_errors=True) as folder:
         data_dir = Path(folder)
         kept = _CACHE / "models"
         kept.mkdir(parents=True, exist_ok=True)
         (data_dir / "models").symlink_to(kept)
-        stack = Stack(data_dir)
+        stack = Stack(data_dir, **settings)
         try:
             stack.start()
             yield stack

@@ -33,10 +33,20 @@ def free_port() -> int:
 
 
 class Stack:
-    """Processes over one data folder. `settings` become `BATHYSCOPE_…` variables."""
+    """Processes over one data folder. `settings` become `BATHYSCOPE_…` variables; `noop` workers compute nothing."""
 
-    def __init__(self, data_dir: Path, *, binary: Path | None = None, **settings: Any) -> None:
+    def __init__(
+        self,
+        data_dir: Path,
+        *,
+        binary: Path | None = None,
+        noop: bool = False,
+        worker_module: str | None = None,
+        **settings: Any,
+    ) -> None:
         self.data_dir = data_dir
+        self.worker_module = "tests.noop.worker" if noop else worker_module
+        """What is run in the place of `bathyscope worker`."""
         models = model_cache() / "models"  # converting the packaged model takes half a minute: once for all
         models.mkdir(exist_ok=True)
         (data_dir / "models").symlink_to(models)
@@ -58,9 +68,11 @@ class Stack:
 
     def start(self, name: str, role: str, **extra: str) -> subprocess.Popen[bytes]:
         """Start a `service` or a `worker`."""
+        words = [self.worker_module] if role == "worker" and self.worker_module else ["bathyscope.cli", role]
         with (self.logs / f"{name}.log").open("ab") as log:
             process = subprocess.Popen(
-                [sys.executable, "-m", "bathyscope.cli", role],
+                [sys.executable, "-m", *words],
+                cwd=Path(__file__).parent.parent,
                 env={**self.environment, **extra},
                 stdout=log,
                 stderr=log,
@@ -112,7 +124,7 @@ class Stack:
                 if folder.name.isdigit():
                     parent = (folder / "stat").read_text().rpartition(")")[2].split()[1]
                     words = (folder / "cmdline").read_bytes().split(b"\0")
-                    if parent in parents and b"bathyscope_workers.engine" in words and kind.encode() in words:
+                    if parent in parents and b"--kind" in words and kind.encode() in words:
                         found.append(int(folder.name))
         return found
 
@@ -159,9 +171,11 @@ class Stack:
 
 
 @contextlib.contextmanager
-def stack(data_dir: Path, *, workers: int = 1, binary: Path | None = None, **settings: Any) -> Iterator[Stack]:
+def stack(
+    data_dir: Path, *, workers: int = 1, binary: Path | None = None, noop: bool = False, **settings: Any
+) -> Iterator[Stack]:
     """A running installation, ended afterwards."""
-    made = Stack(data_dir, binary=binary, **settings)
+    made = Stack(data_dir, binary=binary, noop=noop, **settings)
     try:
         yield made.up(workers=workers)
     finally:

@@ -7,15 +7,22 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from pydantic import BaseModel
 
 from bathyscope.errors import PROBLEMS
-from bathyscope_backplane.settings import JobSettings, Limits, Settings, WorkerSettings
+from bathyscope_backplane.settings import Settings
 from tests.stack import Stack
 
 ROOT = Path(__file__).parents[1]
+GROUPS: dict[str, Any] = {
+    name: field.annotation
+    for name, field in Settings.model_fields.items()
+    if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
+}
 
 
 def examples() -> list[tuple[str, str]]:
@@ -80,10 +87,10 @@ def test_every_problem_is_listed() -> None:
 
 @pytest.mark.parametrize(
     ("prefix", "group"),
-    [("", Settings), ("limits.", Limits), ("jobs.", JobSettings), ("worker.", WorkerSettings)],
+    [("", Settings), *((f"{name}.", group) for name, group in GROUPS.items())],
 )
 def test_every_setting_is_listed(prefix: str, group: type[Settings]) -> None:
     text = (ROOT / "docs" / "operating.md").read_text(encoding="utf-8")
     for name in group.model_fields:
-        if name not in ("limits", "jobs", "worker"):
+        if name not in GROUPS:
             assert f"`{prefix}{name}`" in text, f"{prefix}{name}"

@@ -10,11 +10,15 @@ from dataclasses import dataclass
 from redis.asyncio import Redis, RedisCluster
 
 from bathyscope_backplane.artifacts import ArtifactStore, Catalogue
+from bathyscope_backplane.audit import AuditLog
 from bathyscope_backplane.broker import Broker, BrokerLimits, connect
 from bathyscope_backplane.embedded import EmbeddedServer
 from bathyscope_backplane.keys import KeyStore
 from bathyscope_backplane.registry import ModelRegistry
 from bathyscope_backplane.settings import Settings
+from bathyscope_backplane.space import Space
+from bathyscope_backplane.tracing import OFF, Tracing, open_tracing
+from bathyscope_backplane.vault import Vault
 from bathyscope_backplane.workers import WorkerBoard
 
 _DAY_MS = 86_400_000
@@ -32,20 +36,27 @@ class Backplane:
     registry: ModelRegistry
     keys: KeyStore
     workers: WorkerBoard
+    vault: Vault
+    audit: AuditLog
+    space: Space
+    tracing: Tracing = OFF
 
 
 @asynccontextmanager
-async def open_backplane(settings: Settings) -> AsyncIterator[Backplane]:
+async def open_backplane(settings: Settings, *, traced_as: str | None = None) -> AsyncIterator[Backplane]:
     """Connect to Redis and the store.
 
     Without a Redis URL the private Valkey of the data folder is started, or taken over when it runs already; it is left
-    running, since other processes may use it: `bathyscope up` stops it.
+    running, since other processes may use it: `bathyscope up` stops it. `traced_as` is `service` or `worker` for a
+    process whose work is traced when the settings say so.
     """
     settings.data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+    vault = Vault.open(settings)
     url = settings.redis_url
     if url is None:
         url = await asyncio.to_thread(EmbeddedServer(settings.data_dir).start)
     redis = connect(url)
+    tracing = open_tracing(settings.tracing, traced_as) if traced_as is not None else OFF
     try:
         store = ArtifactStore(settings.artifacts_url, settings.store_options)
         yield Backplane(
@@ -57,9 +68,14 @@ async def open_backplane(settings: Settings) -> AsyncIterator[Backplane]:
             registry=ModelRegistry.load(settings),
             keys=KeyStore(redis, settings.namespace),
             workers=WorkerBoard(redis, settings.namespace),
+            vault=vault,
+            audit=AuditLog(redis, settings.namespace, settings.audit_entries),
+            space=Space(settings, store),
+            tracing=tracing,
         )
     finally:
         await redis.aclose()
+        await asyncio.to_thread(tracing.close)
 
 
 def broker_limits(settings: Settings) -> BrokerLimits:

@@ -11,7 +11,7 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, SettingsError
 
 from bathyscope.errors import SetupError
@@ -30,6 +30,12 @@ class Limits(_Group):
     max_rows: int = Field(default=100_000, ge=1)
     """Most inputs of one extraction."""
 
+    max_tokens: int = Field(default=50_000_000, ge=1)
+    """Most tokens of one extraction, estimated for each text as its bytes or `max_length`, whichever is less."""
+
+    max_values: int = Field(default=4_000_000, ge=1000)
+    """Most JSON values of one request body, whatever they are: each takes many times its bytes in memory."""
+
     max_result_bytes: int = Field(default=8 * 2**30, ge=1)
     """Largest estimated result of one extraction."""
 
@@ -38,6 +44,33 @@ class Limits(_Group):
 
     max_arrow_bytes: int = Field(default=256 * 2**20, ge=1)
     """Largest single input that is given as Arrow, whose record batches are made in memory."""
+
+    max_header_bytes: int = Field(default=64 * 1024, ge=8192)
+    """Longest head of a request: URL and header fields together."""
+
+    max_headers: int = Field(default=100, ge=20)
+    """Most header fields of one request."""
+
+    max_url_bytes: int = Field(default=32 * 1024, ge=1024)
+    """Longest URL of a request, query included."""
+
+    max_connections: int = Field(default=2000, ge=8)
+    """Open connections of one front end; past it the one that has been idle longest is closed."""
+
+    head_seconds: float = Field(default=20.0, gt=0)
+    """How long the head of a request may take to arrive."""
+
+    body_seconds: float = Field(default=120.0, gt=0)
+    """How long its body may."""
+
+    stall_seconds: float = Field(default=60.0, gt=0)
+    """A client that takes less than 16 KiB of its answer in this time is left."""
+
+    max_buffered_bytes: int = Field(default=2 * 2**30, ge=2**20)
+    """Memory of one front end for bodies that arrive and for results that are being sent."""
+
+    max_buffered_bytes_per_key: int = Field(default=2**30, ge=2**20)
+    """The same, of one key."""
 
     inline_payload_bytes: int = Field(default=64 * 1024, ge=0, le=2**20)
     """Inputs larger than this go to the artifact store instead of Redis."""
@@ -59,6 +92,11 @@ class Limits(_Group):
 
     key_jobs: int = Field(default=10_000, ge=1)
     """Jobs of one key waiting for one model."""
+
+    min_free_bytes: int | None = Field(default=None, ge=0)
+    """Bytes that stay free on the disks of data folder and folder store: with fewer, no work is accepted or begun.
+    By default 1 GiB, and on a disk of less than 10 GiB a tenth of it: room for what runs already to end, and for the
+    append-only file of the embedded Valkey, which does not survive a full disk."""
 
 
 class JobSettings(_Group):
@@ -82,6 +120,10 @@ class JobSettings(_Group):
     aging_seconds: float = Field(default=60.0, gt=0)
     """Waiting this long raises a job by one priority."""
 
+    orphan_hours: float = Field(default=24.0, ge=1)
+    """Blobs that no manifest names, and inputs of no job, are removed from the store at this age. Longer than any
+    upload takes, and than a worker waits with a finished result."""
+
 
 class WorkerSettings(_Group):
     """What a worker does on its machine."""
@@ -102,10 +144,11 @@ class WorkerSettings(_Group):
     """How long a draining worker may go on with what it runs."""
 
     hang_seconds: float = Field(default=600.0, gt=1)
-    """An engine that makes no progress for so long is ended."""
+    """An engine that makes no step for so long is ended; while it loads a model, one that uses neither processor nor
+    disk."""
 
     load_seconds: float = Field(default=3600.0, gt=1)
-    """The same, while it loads a model."""
+    """A load that does not move on for so long is ended, whatever it uses."""
 
     adopt_seconds: float = Field(default=0.5, ge=0)
     """Resident models' queues must be empty for so long before another model is loaded."""
@@ -115,6 +158,48 @@ class WorkerSettings(_Group):
 
     concurrent_jobs: int = Field(default=32, ge=1, le=1024)
     """Jobs of one model that a worker holds at a time."""
+
+
+class WebhookSettings(_Group):
+    """How finished jobs are told to the webhooks of their requests. Every front end delivers; the bounds are of one."""
+
+    allow_private: bool = False
+    """Whether they may be sent to loopback, link-local, private and reserved addresses."""
+
+    attempts: int = Field(default=18, ge=1, le=100)
+    """Attempts after which a delivery has failed; with the pauses between them as they are, about a day."""
+
+    backoff_seconds: float = Field(default=15.0, gt=0, le=86_400)
+    """Pause before the second attempt; it doubles with each."""
+
+    backoff_cap_seconds: float = Field(default=10_800.0, gt=0, le=604_800)
+    """The longest pause."""
+
+    timeout_seconds: float = Field(default=10.0, ge=0.1, le=120)
+    """From the look-up of the name to the answer's status."""
+
+    concurrent: int = Field(default=32, ge=0, le=1024)
+    """Deliveries at the same time; with 0 this process makes none."""
+
+    per_host: int = Field(default=4, ge=1)
+    """The same, to one host."""
+
+    per_key: int = Field(default=24, ge=1)
+    """The same, for jobs of one key."""
+
+
+class TracingSettings(_Group):
+    """Traces from the request to the engine. Off without an endpoint; needs the extra `tracing`."""
+
+    otlp_endpoint: str | None = Field(default=None, pattern=r"^https?://[^/]+")
+    """Collector of traces by OTLP over HTTP, `http://collector:4318` say; headers for it are read from
+    `OTEL_EXPORTER_OTLP_HEADERS`."""
+
+    sample_ratio: float = Field(default=1.0, ge=0, le=1)
+    """Share of the traces that begin here that are kept; one that the caller began is kept when the caller keeps it."""
+
+    service_name: str = Field(default="bathyscope", min_length=1, max_length=100)
+    """Begins the `service.name` of the spans: `-service` and `-worker` are added."""
 
 
 class Settings(BaseSettings):
@@ -144,6 +229,13 @@ class Settings(BaseSettings):
     store_options: dict[str, str] = Field(default_factory=dict)
     """Options of the store, as obstore names them (`endpoint`, `region`, …)."""
 
+    master_key: SecretStr | None = None
+    """32 bytes in base64: seals credentials of requests and makes the secrets of webhooks. The same for every process;
+    without it the file `master.key` of the data folder is made and used."""
+
+    audit_entries: int = Field(default=50_000, ge=1)
+    """Entries of the audit log that are kept in Redis, about; refused authentications as many again."""
+
     host: str = "127.0.0.1"
     """Address the service listens on."""
 
@@ -169,6 +261,8 @@ class Settings(BaseSettings):
     limits: Limits = Field(default_factory=Limits)
     jobs: JobSettings = Field(default_factory=JobSettings)
     worker: WorkerSettings = Field(default_factory=WorkerSettings)
+    webhooks: WebhookSettings = Field(default_factory=WebhookSettings)
+    tracing: TracingSettings = Field(default_factory=TracingSettings)
 
     @classmethod
     def settings_customise_sources(

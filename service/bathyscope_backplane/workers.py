@@ -13,6 +13,7 @@ from redis.asyncio import Redis, RedisCluster
 
 from bathyscope_backplane.broker import answer
 from bathyscope_backplane.registry import ModelEntry, ModelFacts, ModelRegistry
+from bathyscope_backplane.scripts import SmallScript
 
 HEARTBEAT_SECONDS = 2.0
 """How often a worker renews its entry."""
@@ -21,6 +22,13 @@ _PATIENCE_S = 8.0
 
 _SILENT_SECONDS = 10
 """How long an entry lives without renewal."""
+
+_PUBLISH = SmallScript("""\
+local prefix, name, info, seconds = KEYS[1], unpack(ARGV)
+redis.call('SET', prefix .. ':worker:' .. name, info, 'EX', seconds)
+redis.call('SADD', prefix .. ':workers', name)
+return 1
+""")
 
 
 class WorkerBoard:
@@ -32,10 +40,8 @@ class WorkerBoard:
 
     async def publish(self, name: str, info: dict[str, Any]) -> None:
         """Say that a worker lives, and what it holds."""
-        async with self._redis.pipeline(transaction=True) as pipe:
-            pipe.set(f"{self._prefix}:worker:{name}", orjson.dumps(info), ex=_SILENT_SECONDS)
-            pipe.sadd(f"{self._prefix}:workers", name)
-            await answer(pipe.execute(), _PATIENCE_S)
+        told = _PUBLISH(self._redis, self._prefix, name, orjson.dumps(info), _SILENT_SECONDS)
+        await answer(told, _PATIENCE_S)
 
     async def withdraw(self, name: str) -> None:
         """A worker ends."""
@@ -58,6 +64,15 @@ class WorkerBoard:
     async def keep_facts(self, model: str, facts: ModelFacts) -> None:
         """Keep what a load found out about a model."""
         await answer(self._redis.hset(f"{self._prefix}:facts", model, facts.model_dump_json()), _PATIENCE_S)
+
+    async def keep_memory(self, key: str, bytes_: int) -> None:
+        """Keep how many bytes a model takes; `key` is `name:quantization:compute dtype`, resolved."""
+        await answer(self._redis.hset(f"{self._prefix}:memory", key, bytes_), _PATIENCE_S)
+
+    async def memory(self) -> dict[str, int]:
+        """The bytes that models take, of those that are known."""
+        found = await answer(self._redis.hgetall(f"{self._prefix}:memory"), _PATIENCE_S)
+        return {key: int(value) for key, value in found.items()}
 
     async def entry(self, registry: ModelRegistry, name: str) -> ModelEntry:
         """A model's entry with facts, as far as they are known. Raises `ModelUnknown`."""

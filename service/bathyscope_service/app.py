@@ -9,9 +9,11 @@ from importlib.metadata import version
 from fastapi import FastAPI
 from fastapi_offline import FastAPIOffline
 
+from bathyscope_backplane.meters import meter_store
 from bathyscope_backplane.plane import open_backplane
 from bathyscope_backplane.settings import Settings
 from bathyscope_service import openapi, problems
+from bathyscope_service.auditing import Audit
 from bathyscope_service.context import Context, Places
 from bathyscope_service.extractions.endpoints import router as extractions
 from bathyscope_service.guards import Guard
@@ -19,8 +21,10 @@ from bathyscope_service.head import Head
 from bathyscope_service.jobs.endpoints import router as jobs
 from bathyscope_service.later.endpoints import router as later
 from bathyscope_service.models.endpoints import router as models
+from bathyscope_service.observe import Observe
 from bathyscope_service.probes.endpoints import router as probes
 from bathyscope_service.system.endpoints import router as system
+from bathyscope_service.webhooks.courier import delivering
 
 _DESCRIPTION = """
 Hidden states of language models, exact for each text alone, and linear probes on them, as jobs.
@@ -36,15 +40,18 @@ def create_app(settings: Settings, *, loopback: bool) -> FastAPI:
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         limits = settings.limits
-        async with open_backplane(settings) as plane, await plane.broker.subscribe() as listener:
+        async with open_backplane(settings, traced_as="service") as plane, await plane.broker.subscribe() as listener:
             app.state.context = Context(
                 plane=plane,
                 listener=listener,
                 loopback=loopback,
                 waiting=Places(limits.max_waiting, limits.max_waiting_per_key),
                 streams=Places(limits.max_event_streams, limits.max_event_streams_per_key),
+                memory=Places(limits.max_buffered_bytes, limits.max_buffered_bytes_per_key),
             )
-            yield
+            meter_store(plane.store, app.state.context.meters.registry, "bathyscope")
+            async with plane.audit.running(), delivering(app.state.context):
+                yield
 
     app: FastAPI = FastAPIOffline(
         redoc_url=None,
@@ -58,6 +65,8 @@ def create_app(settings: Settings, *, loopback: bool) -> FastAPI:
     app.openapi = lambda: openapi.document(app)  # type: ignore[method-assign]
     problems.install(app)
     app.add_middleware(Guard)
+    app.add_middleware(Audit)
+    app.add_middleware(Observe)
     app.add_middleware(Head)
     for router in (extractions, probes, models, jobs, system, later):
         app.include_router(router)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import re
 import zlib
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import Any, TypeVar
@@ -15,22 +16,27 @@ import orjson
 from fastapi import Request
 from pydantic import ValidationError
 from pydantic_core import from_json
+from starlette.requests import ClientDisconnect
 
 from bathyscope.errors import FieldError, InvalidRequest, MalformedBody, RequestTimeout, TooLarge, UnsupportedMedia
 from bathyscope.types import RequestModel
-from bathyscope_service.context import context_of
+from bathyscope_backplane.settings import Limits
+from bathyscope_service.context import Held, Memory, context_of
 from bathyscope_service.extractions.checks import refuse_rows
 from bathyscope_service.problems import pointer
 
 Body = TypeVar("Body", bound=RequestModel)
 
-_READ_SECONDS = 120.0
 _MAX_ERRORS = 50
+MAX_DEPTH = 201
+"""Levels of lists and objects within each other, the bound of pydantic's parser."""
+
+_STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+"', re.DOTALL)
 _NEIGHBOURS = 64
 """Items after the first faulty one of a list that are looked at too, for the report."""
 
 
-def json_body(model: type[Body]) -> Callable[[Request], Awaitable[Body]]:
+def json_body(model: type[Body]) -> Callable[[Request, Memory], Awaitable[Body]]:
     """A dependency that reads and validates a JSON body.
 
     Its digest is left in `request.state.body_digest`, its size in `request.state.body_bytes`.
@@ -38,7 +44,7 @@ def json_body(model: type[Body]) -> Callable[[Request], Awaitable[Body]]:
     Raises 415, 408, 413, 400 and 422 problems, the last with a pointer for each faulty member.
     """
 
-    async def read(request: Request) -> Body:
+    async def read(request: Request, memory: Held) -> Body:
         media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if media_type != "application/json":
             raise UnsupportedMedia(
@@ -46,25 +52,28 @@ def json_body(model: type[Body]) -> Callable[[Request], Awaitable[Body]]:
             )
         context = context_of(request)
         limits = context.plane.settings.limits
-        data = await read_bounded(request, limits.max_body_bytes)
-        body, digest = await context.apart(len(data), parse, model, data, limits.max_rows)
+        data = await read_bounded(request, limits, memory)
+        body, digest = await context.apart(len(data), parse, model, data, limits)
         request.state.body_digest, request.state.body_bytes = digest, len(data)
         return body
 
     return read
 
 
-def parse(model: type[Body], data: bytes, max_rows: int) -> tuple[Body, str]:
+def parse(model: type[Body], data: bytes, limits: Limits) -> tuple[Body, str]:
     """The body that the JSON says, and the digest of its content. Raises 400, 413 and 422 problems."""
+    _refuse_values(data, limits.max_values)
     try:
         content = from_json(data, allow_inf_nan=False)
     except ValueError as error:
+        if "recursion limit" in str(error):
+            raise MalformedBody(f"The body is nested more than {MAX_DEPTH} deep.", limit=MAX_DEPTH) from None
         raise MalformedBody(f"The body is not valid JSON: {error}.") from None
     if isinstance(content, dict):
         nested = content.get("data")
         for holder in (content, nested if isinstance(nested, dict) else {}):
             if isinstance(rows := holder.get("inputs"), list):
-                refuse_rows(len(rows), max_rows)
+                refuse_rows(len(rows), limits.max_rows)
     try:
         digest = hashlib.sha256(orjson.dumps(content, option=orjson.OPT_SORT_KEYS)).hexdigest()
     except TypeError:  # of what JSON can say, orjson refuses only this
@@ -77,6 +86,20 @@ def parse(model: type[Body], data: bytes, max_rows: int) -> tuple[Body, str]:
         return model.model_validate(content), digest
     except ValidationError as error:
         raise invalid(model, error, content) from None
+
+
+def _refuse_values(data: bytes, limit: int) -> None:
+    """Raise `TooLarge` for a body of so many values that they would take many times its size in memory."""
+    if data.count(b",") + data.count(b"[") + data.count(b"{") < limit:
+        return
+    bare = _STRING.sub(b"", data)  # texts hold commas and brackets too
+    values = bare.count(b",") + bare.count(b"[") + bare.count(b"{")
+    if values >= limit:
+        raise TooLarge(
+            f"The body holds about {values:,} JSON values and the limit is {limit:,}; split it over several requests.",
+            estimate=values,
+            limit=limit,
+        )
 
 
 def _wide(content: Any) -> list[Any] | None:
@@ -94,19 +117,21 @@ def _wide(content: Any) -> list[Any] | None:
     return None
 
 
-async def read_bounded(request: Request, limit: int) -> bytes:
-    """The body, decompressed. Raises `TooLarge` as soon as the limit is passed."""
+async def read_bounded(request: Request, limits: Limits, memory: Memory) -> bytes:
+    """The body, decompressed, held in `memory`. Raises `TooLarge` as soon as the limit is passed."""
+    limit, seconds = limits.max_body_bytes, limits.body_seconds
     encoding = request.headers.get("content-encoding", "identity").strip().lower()
     if encoding not in ("identity", "", "gzip", "deflate"):
         raise UnsupportedMedia(f"The body's encoding {encoding[:40]!r} is not read here; use gzip, deflate or none.")
     declared = request.headers.get("content-length", "")
     if encoding in ("identity", "") and declared.isdigit() and int(declared[:20]) > limit:
-        raise _too_large(limit)
+        raise _too_large(limit, int(declared[:20]))
     inflate = None if encoding in ("identity", "") else zlib.decompressobj(zlib.MAX_WBITS | 32)
     found = bytearray()
     try:
-        async with asyncio.timeout(_READ_SECONDS):
+        async with asyncio.timeout(seconds):
             async for chunk in request.stream():
+                before = len(found)
                 if inflate is None:
                     found += chunk
                 else:
@@ -114,9 +139,12 @@ async def read_bounded(request: Request, limit: int) -> bytes:
                     if inflate.unused_data:  # whatever comes after the end is kept there, without a bound
                         raise MalformedBody(f"The body goes on after the end of its {encoding} data.")
                 if len(found) > limit or (inflate is not None and inflate.unconsumed_tail):
-                    raise _too_large(limit)
+                    raise _too_large(limit, max(len(found), limit + 1))
+                memory.hold(len(found) - before)
     except TimeoutError:
-        raise RequestTimeout(f"The body did not arrive within {_READ_SECONDS:.0f} seconds.") from None
+        raise RequestTimeout(f"The body did not arrive within {seconds:g} seconds.", limit=seconds) from None
+    except ClientDisconnect:
+        raise MalformedBody("The connection was closed before the body had arrived.") from None
     except zlib.error as error:
         raise MalformedBody(f"The body is not valid {encoding}: {error}.") from None
     if inflate is not None and not inflate.eof:
@@ -124,9 +152,12 @@ async def read_bounded(request: Request, limit: int) -> bytes:
     return bytes(found)
 
 
-def _too_large(limit: int) -> TooLarge:
+def _too_large(limit: int, size: int) -> TooLarge:
     return TooLarge(
-        f"The body is larger than {limit:,} bytes after decompression; send fewer inputs in one request.", limit=limit
+        f"The body has {size:,} bytes or more after decompression and the limit is {limit:,}; send fewer inputs in one "
+        "request.",
+        estimate=size,
+        limit=limit,
     )
 
 

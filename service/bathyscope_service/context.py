@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Annotated, ParamSpec, TypeVar
 
 from fastapi import Depends, Request
 
+from bathyscope.errors import QuotaExceeded
 from bathyscope_backplane.broker import Listener
 from bathyscope_backplane.keys import ApiKey
 from bathyscope_backplane.plane import Backplane
+from bathyscope_service.meters import Meters
 
 Given = ParamSpec("Given")
 Made = TypeVar("Made")
@@ -24,25 +26,62 @@ _APART_BYTES = 2**20
 
 @dataclass(slots=True)
 class Places:
-    """Connections that may be held open, in all and by key."""
+    """Something of which there is so much, in all and by key: connections that are held open, bytes of memory."""
 
     total: int
     per_key: int
     taken: Counter[str] = field(default_factory=Counter)
 
+    def allows(self, owner: str, many: int = 1) -> bool:
+        """Whether there is so much left for this key."""
+        return self.taken.total() + many <= self.total and self.taken[owner] + many <= self.per_key
+
+    def add(self, owner: str, many: int = 1) -> None:
+        """Count so much as taken; `many` below 0 gives it back."""
+        self.taken[owner] += many
+        if not self.taken[owner]:
+            del self.taken[owner]
+
     @contextmanager
     def take(self, owner: str) -> Iterator[bool]:
         """A place while the block runs; False when there is none."""
-        if self.taken.total() >= self.total or self.taken[owner] >= self.per_key:
+        if not self.allows(owner):
             yield False
             return
-        self.taken[owner] += 1
+        self.add(owner)
         try:
             yield True
         finally:
-            self.taken[owner] -= 1
-            if not self.taken[owner]:
-                del self.taken[owner]
+            self.add(owner, -1)
+
+
+@dataclass(slots=True)
+class Memory:
+    """The memory that one request holds for its body and its result, until its answer is sent."""
+
+    places: Places
+    owner: str
+    held: int = 0
+
+    def hold(self, size: int) -> None:
+        """Hold so many bytes more. Raises `QuotaExceeded`."""
+        places = self.places
+        if not places.allows(self.owner, size):
+            taken, most = places.taken[self.owner], places.per_key
+            raise QuotaExceeded(
+                f"Requests of this key hold {taken:,} bytes of the service's memory, this one needs {size:,} more, and "
+                f"the limits are {most:,} for a key and {places.total:,} in all: wait until others are answered.",
+                retry_after=5,
+                estimate=taken + size,
+                limit=most,
+            )
+        places.add(self.owner, size)
+        self.held += size
+
+    def release(self) -> None:
+        """Give everything back."""
+        self.places.add(self.owner, -self.held)
+        self.held = 0
 
 
 @dataclass(slots=True)
@@ -59,6 +98,12 @@ class Context:
 
     streams: Places
     """Open event streams."""
+
+    memory: Places
+    """Bytes of bodies and results in memory."""
+
+    meters: Meters = field(default_factory=Meters)
+    """What it counts."""
 
     heavy: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(2))
     """Large bodies in work at the same time."""
@@ -98,5 +143,14 @@ async def _caller(request: Request) -> ApiKey:
     return caller
 
 
+async def _memory(request: Request) -> AsyncIterator[Memory]:
+    memory = Memory(context_of(request).memory, request.state.caller.id)
+    try:
+        yield memory
+    finally:
+        memory.release()
+
+
+Held = Annotated[Memory, Depends(_memory)]
 Ctx = Annotated[Context, Depends(_context)]
 Caller = Annotated[ApiKey, Depends(_caller)]

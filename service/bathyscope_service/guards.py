@@ -14,11 +14,13 @@ from urllib.parse import urlsplit
 from starlette.datastructures import Headers
 from starlette.requests import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
+from structlog.contextvars import bind_contextvars
 
 from bathyscope.errors import Forbidden, ProblemError, Unauthorized, Unavailable
 from bathyscope_backplane.keys import LOCAL, ApiKey
 from bathyscope_service.context import Context
 from bathyscope_service.problems import problem_response
+from bathyscope_service.remembered import Remembered
 
 _OPEN = {"/healthz", "/readyz", "/docs", "/docs/oauth2-redirect", "/openapi.json", "/"}
 _OPEN_FOLDERS = ("/static-offline-docs/", "/problems/")
@@ -29,6 +31,7 @@ class Guard:
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
+        self._remembered = Remembered()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Let a request through, or answer it."""
@@ -37,10 +40,12 @@ class Guard:
             return
         context: Context = scope["app"].state.context
         try:
-            scope.setdefault("state", {})["caller"] = await self._caller(context, scope)
+            caller = await self._caller(context, scope)
         except ProblemError as error:
             await problem_response(error, scope["path"])(scope, receive, send)
             return
+        if caller is not None:
+            bind_contextvars(key=caller.id)
         await self._app(scope, receive, send)
 
     async def _caller(self, context: Context, scope: Scope) -> ApiKey | None:
@@ -51,10 +56,14 @@ class Guard:
             if foreign:
                 with contextlib.suppress(Unavailable):  # these tell nothing, so they do without an answer of Redis
                     _refuse_host((await context.plane.keys.look_up(None))[0])
+            scope.setdefault("state", {})["caller"] = None
             return None
         scheme, _, secret = headers.get("authorization", "").partition(" ")
         given = secret.strip() if scheme.lower() == "bearer" else None
-        configured, caller = await context.plane.keys.look_up(given)
+        if path == "/metrics":
+            configured, caller = await self._remembered.look_up(context.plane.keys, given)
+        else:
+            configured, caller = await context.plane.keys.look_up(given)
         if foreign:
             _refuse_host(configured)
         if caller is None:
@@ -64,9 +73,11 @@ class Guard:
                 )
             _check_origin(headers)
             caller = LOCAL
-        if path == "/metrics" and not {"admin", "metrics"} & set(caller.scopes):
-            raise Forbidden("Metrics need a key with the scope `metrics` or `admin`.")
-        if path.startswith("/v1/") and not {"admin", "user"} & set(caller.scopes):
+        scope.setdefault("state", {})["caller"] = caller  # also of one that is refused below, for the audit log
+        if path == "/metrics":
+            if not {"admin", "metrics"} & set(caller.scopes):
+                raise Forbidden("Metrics need a key with the scope `metrics` or `admin`.")
+        elif not {"admin", "user"} & set(caller.scopes):
             raise Forbidden("This key may only read metrics.")
         return caller
 
@@ -82,6 +93,8 @@ def is_loopback(host: str) -> bool:
 
 
 def _names_loopback(host: str) -> bool:
+    if set(host) & set("@/?#\\"):  # a host and its port have none of these, and what is read from them is not the host
+        return False
     try:
         return is_loopback(urlsplit(f"//{host}").hostname or "")
     except ValueError:

@@ -25,7 +25,7 @@ class Head:
             raise _Answered  # or a stream would be read to its end for nobody
 
         try:
-            await self._app({**scope, "method": "GET"}, receive, send_head)
+            await self._app({**scope, "method": "GET", "asked_method": "HEAD"}, receive, send_head)
         except _Answered:
             return
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -15,6 +16,7 @@ from starlette.exceptions import HTTPException
 
 from bathyscope import errors
 from bathyscope.errors import FieldError, ProblemError
+from bathyscope_service.observe import HEADER, request_id
 
 MEDIA_TYPE = "application/problem+json"
 
@@ -65,8 +67,9 @@ def install(app: FastAPI) -> None:
         }
         problem = kind(details.get(error.status_code, str(error.detail)))
         problem.status = error.status_code
-        if error.headers and "Allow" in error.headers:
-            problem.extra["allow"] = error.headers["Allow"]
+        if error.status_code == 405:  # the framework names the methods of the first route of that path only
+            found = methods_at(request.app.openapi()["paths"], _path(request))
+            problem.extra["allow"] = ", ".join(found) or (error.headers or {}).get("Allow", "GET, HEAD")
         return problem_response(problem, _path(request))
 
     @app.exception_handler(RequestValidationError)
@@ -80,10 +83,28 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(Exception)
     async def _fault(request: Request, error: Exception) -> Response:
-        _log.error("request.fault", path=_path(request), exc_info=error)
-        return problem_response(
+        _log.error("request.fault", exc_info=error)
+        answer = problem_response(
             errors.InternalError("A fault of the service; it was logged and can be reported."), _path(request)
         )
+        answer.headers[HEADER] = request_id() or ""  # this is sent from outside of the middleware that adds it
+        return answer
+
+
+def methods_at(paths: dict[str, Any], path: str) -> list[str]:
+    """The methods that the OpenAPI document's `paths` have at a path, by the template that says most about it."""
+    best: tuple[int, str] | None = None
+    for template in paths:
+        parts = re.split(r"\{(\w+)\}", template)
+        # A model's name may hold slashes; other parameters are one segment.
+        pattern = "".join(
+            re.escape(part) if number % 2 == 0 else ".+" if part == "name" else "[^/]+"
+            for number, part in enumerate(parts)
+        )
+        if re.fullmatch(pattern, path, re.DOTALL):
+            best = max(best or (-1, ""), (sum(map(len, parts[::2])), template))
+    found = {method.upper() for method in paths[best[1]]} if best is not None else set()
+    return sorted(found | {"HEAD"} if "GET" in found else found)
 
 
 def _path(request: Request) -> str:
@@ -110,9 +131,16 @@ def pointer(location: Sequence[Any]) -> str:
     return "".join("/" + str(part).replace("~", "~0").replace("/", "~1") for part in location)
 
 
-def responses(*problems: type[ProblemError]) -> dict[int | str, dict[str, Any]]:
+def responses(
+    *problems: type[ProblemError],
+    everywhere: Sequence[type[ProblemError]] = (
+        errors.Unauthorized,
+        errors.Forbidden,
+        errors.Unavailable,
+        errors.OutOfSpace,
+    ),
+) -> dict[int | str, dict[str, Any]]:
     """The error answers of an operation for its OpenAPI entry, those of every operation included."""
-    everywhere = (errors.Unauthorized, errors.Forbidden, errors.Unavailable)
     found: dict[int | str, dict[str, Any]] = {}
     kinds: set[type[ProblemError]] = {*problems, *everywhere}
     for problem in sorted(kinds, key=lambda kind: (kind.status, kind.slug)):

@@ -52,14 +52,17 @@ async def resource_of(context: Context, caller: ApiKey, kind: str, resource_id: 
     missing = NotFound(f"There is no {kind} {resource_id[:80]!r}.")
     if not is_id(resource_id, KIND_PREFIX[kind]):
         raise missing
-    resource = await context.plane.catalogue.get(resource_id)
+    catalogue = context.plane.catalogue
+    expired = Expired(f"The {kind} {resource_id} has expired; make it anew.")
+    if not caller.admin:
+        match await catalogue.standing(resource_id, kind, caller.id):
+            case "expired":
+                raise expired
+            case "none":
+                raise missing
+    resource = await catalogue.get(resource_id)
     if resource is None:
-        owner = await context.plane.catalogue.tombstone(resource_id)
-        if owner is not None and (caller.admin or owner == caller.id):
-            raise Expired(f"The {kind} {resource_id} has expired; make it anew.")
-        raise missing
-    if not caller.admin and resource.owner != caller.id:
-        raise missing
+        raise missing if await catalogue.tombstone(resource_id) is None else expired
     return resource
 
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import resource
+import signal
 import socket
+import sys
 
 import uvicorn
 
@@ -12,18 +15,31 @@ from bathyscope_backplane.logs import configure
 from bathyscope_backplane.plane import open_backplane
 from bathyscope_backplane.registry import ModelRegistry
 from bathyscope_backplane.settings import Settings
+from bathyscope_backplane.tracing import open_tracing
+from bathyscope_backplane.vault import Vault
 from bathyscope_service.app import create_app
 from bathyscope_service.guards import is_loopback
+from bathyscope_service.wire import bounded
+
+_SPARE_FILES = 1024
+"""Open files apart from connections: Redis, the store, results that are read."""
 
 
 def serve(settings: Settings) -> None:
     """Serve until SIGTERM or SIGINT. Raises `SetupError` when it may not or cannot listen."""
-    configure(settings.log_level)
+    configure(settings.log_level, process="service")
     ModelRegistry.load(settings)  # a faulty list is said in one sentence here, and in a traceback under uvicorn
-    loopback = is_loopback(settings.host)
-    if not loopback:
-        asyncio.run(_require_keys(settings))
+    Vault.open(settings)  # likewise
+    open_tracing(settings.tracing, "service").close()  # likewise
     listener = _bind(settings)
+    loopback = is_loopback(listener.getsockname()[0])  # of a name, what it stands for
+    if not loopback:
+        try:
+            asyncio.run(_require_keys(settings))
+        except BaseException:
+            listener.close()
+            raise
+    _allow_files(settings.limits.max_connections + _SPARE_FILES)
     app = create_app(settings, loopback=loopback)
     config = uvicorn.Config(
         app,
@@ -32,9 +48,12 @@ def serve(settings: Settings) -> None:
         server_header=False,
         timeout_graceful_shutdown=10,
         timeout_keep_alive=30,
-        h11_max_incomplete_event_size=64 * 1024,
+        http=bounded(settings.limits),
+        ws="none",
     )
     server = _Server(config)
+    # uvicorn raises the signal that ended it once more, for whoever had a handler before: a clean end is status 0.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     server.run(sockets=[listener])
 
 
@@ -54,8 +73,17 @@ async def _require_keys(settings: Settings) -> None:
         if not await plane.keys.list():
             raise SetupError(
                 f"No API key is configured, and without one the service listens on loopback only, not on "
-                f"{settings.host}: make a key with `bathyscope keys create NAME`, or use --host 127.0.0.1."
+                f"{settings.host or 'every address'}: make a key with `bathyscope keys create NAME`, or use "
+                "--host 127.0.0.1."
             )
+
+
+def _allow_files(wanted: int) -> None:
+    """Raise the bound of open files, each connection being one, as far as the operator's system lets us."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        allowed = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
 
 
 def _bind(settings: Settings) -> socket.socket:

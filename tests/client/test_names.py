@@ -33,6 +33,7 @@ def test_the_exported_names_are_these() -> None:
         "__version__",
         "errors",
         "types",
+        "webhooks",
     ]
     for name in bathyscope.__all__:
         assert getattr(bathyscope, name) is not None

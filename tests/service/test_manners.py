@@ -124,7 +124,6 @@ def test_sizes_are_judged_before_anything_is_queued(live: Stack) -> None:
     [
         {"adapter": "ad_1"},
         {"score_choices": True},
-        {"webhook": "https://example.com/hook"},
         {"inputs": [{"prompt": "2+2=", "answer": "4"}]},
         {"inputs": None, "dataset": {"name": "mmlu"}},
     ],

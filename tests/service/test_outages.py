@@ -7,15 +7,18 @@ import dataclasses
 import os
 import signal
 import threading
+import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import boto3
 import numpy as np
 import orjson
 import pyarrow as pa
 import pytest
+from moto.server import ThreadedMotoServer
 from starlette.requests import Request
 
 from bathyscope.errors import LaneFull, TooLarge, Unavailable
@@ -32,6 +35,7 @@ from bathyscope_service.extractions.representations import States
 from bathyscope_service.jobs.endpoints import job_events
 from bathyscope_service.jobs.submission import Work, answer, submit
 from bathyscope_service.probes.endpoints import create_probe
+from tests.stack import Stack, free_port, stack
 
 REQUEST = {"type": "http", "path": "/v1/extractions", "headers": [(b"prefer", b"wait=2")]}
 
@@ -63,6 +67,7 @@ async def context(server: EmbeddedServer, tmp_path: Path) -> AsyncIterator[Conte
                 loopback=True,
                 waiting=Places(9, 9),
                 streams=Places(9, 9),
+                memory=Places(2**30, 2**30),
             )
 
 
@@ -207,3 +212,101 @@ async def test_token_ids_count_in_the_size_of_a_part(tmp_path: Path) -> None:
     assert pa.ipc.open_stream(b"".join(pieces)).read_all().column("index").to_pylist() == [0, 1, 2, 3]
     with pytest.raises(TooLarge):
         await states.json(states.select(None, None), 2**20)
+
+
+# --- the store ------------------------------------------------------------------------------------------
+
+
+class Bucket:
+    """An S3 server that can be stopped and started; what it stores stays."""
+
+    def __init__(self) -> None:
+        self.port = free_port()
+        self._server: ThreadedMotoServer | None = None
+
+    def start(self) -> None:
+        self._server = ThreadedMotoServer(ip_address="127.0.0.1", port=self.port, verbose=False)
+        self._server.start()
+
+    def stop(self) -> None:
+        if self._server is not None:
+            self._server.stop()
+            self._server = None
+
+
+@pytest.fixture(scope="module")
+def bucket() -> Iterator[Bucket]:
+    made = Bucket()
+    made.start()
+    client = boto3.client(
+        "s3",
+        endpoint_url=f"http://127.0.0.1:{made.port}",
+        aws_access_key_id="a",
+        aws_secret_access_key="b",
+        region_name="us-east-1",
+    )
+    client.create_bucket(Bucket="outages")
+    client.close()
+    yield made
+    made.stop()
+
+
+@pytest.fixture(scope="module")
+def remote(bucket: Bucket, tmp_path_factory: pytest.TempPathFactory, models: str) -> Iterator[Stack]:
+    """An installation whose store is in that bucket."""
+    options = {
+        "endpoint": f"http://127.0.0.1:{bucket.port}",
+        "allow_http": "true",
+        "access_key_id": "a",
+        "secret_access_key": "b",
+        "region": "us-east-1",
+    }
+    with stack(
+        tmp_path_factory.mktemp("remote"),
+        models=models,
+        packaged_model="false",
+        store_url="s3://outages/artifacts",
+        store_options=orjson.dumps(options).decode(),
+    ) as running:
+        yield running
+
+
+def test_a_result_waits_for_the_store_and_new_work_is_refused(remote: Stack, bucket: Bucket) -> None:
+    body = {"model": "tiny", "inputs": ["deep water"], "layers": [1]}
+    kept = remote.extract(body["inputs"], model="tiny", layers=[1])  # type: ignore[arg-type]
+    [engine] = remote.engines()
+    os.kill(engine, signal.SIGSTOP)
+    try:
+        job_id = remote.client.post("/v1/extractions", json=body).json()["id"]
+        deadline = time.monotonic() + 30
+        while remote.client.get(f"/v1/jobs/{job_id}").json()["status"] != "running":
+            assert time.monotonic() < deadline, remote.said()
+        bucket.stop()
+        os.kill(engine, signal.SIGCONT)
+        while remote.client.get("/readyz").json()["store"]:  # what it said is believed for a second
+            assert time.monotonic() < deadline, remote.said()
+        for refused in (body, {**body, "inputs": ["deep water"] * 20_000}):
+            answer = remote.client.post("/v1/extractions", json=refused)
+            assert answer.status_code == 503, answer.text
+            assert answer.json()["type"] == "/problems/unavailable"
+            assert int(answer.headers["retry-after"]) >= 1
+            assert "127.0.0.1" not in answer.text
+        readiness = remote.client.get("/readyz")
+        assert (readiness.status_code, readiness.json()["store"], readiness.json()["redis"]) == (503, False, True)
+        assert remote.client.get(f"/v1/extractions/{kept['id']}").status_code == 200  # what Redis knows is told
+        assert remote.client.get(f"/v1/extractions/{kept['id']}/hidden_states").status_code == 503
+        while "store.fault" not in (remote.logs / "worker0.log").read_text():
+            assert time.monotonic() < deadline + 60, remote.said()
+        assert remote.client.get(f"/v1/jobs/{job_id}").json()["status"] == "running"
+    finally:
+        os.kill(engine, signal.SIGCONT)
+        bucket.start()
+    job = remote.job(job_id)
+    assert (job["status"], job["attempt"]) == ("succeeded", 1)
+    remote.wait_ready()
+    again = remote.extract(body["inputs"], model="tiny", layers=[1])  # type: ignore[arg-type]
+    contents = {
+        remote.client.get(f"/v1/extractions/{found}/hidden_states?format=npy").content
+        for found in (kept["id"], again["id"], job["resource"].rpartition("/")[2])
+    }
+    assert len(contents) == 1

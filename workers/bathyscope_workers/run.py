@@ -12,10 +12,10 @@ from bathyscope_workers.supervisor import Supervisor
 
 def serve(settings: Settings) -> None:
     """Work until SIGTERM or SIGINT."""
-    configure(settings.log_level)
+    configure(settings.log_level, process="worker")
     asyncio.run(_serve(settings))
 
 
 async def _serve(settings: Settings) -> None:
-    async with open_backplane(settings) as plane:
+    async with open_backplane(settings, traced_as="worker") as plane:
         await Supervisor(plane).run()

@@ -8,10 +8,10 @@ probe = client.probes.create(extraction=states.id, labels=labels, groups=groups)
 probe.report.held_out.ece.value
 ```
 
-`bathyscope.types` holds the wire schema, `bathyscope.errors` every error.
+`bathyscope.types` holds the wire schema, `bathyscope.errors` every error, `bathyscope.webhooks` what receivers need.
 """
 
-from bathyscope import errors, types
+from bathyscope import errors, types, webhooks
 from bathyscope._async_client import AsyncClient
 from bathyscope._client import Client
 from bathyscope._connection import package_version
@@ -49,4 +49,5 @@ __all__ = [
     "__version__",
     "errors",
     "types",
+    "webhooks",
 ]

@@ -1,7 +1,13 @@
 """The catalogue: which resources exist and whose they are.
 
-The manifest in the store is the truth; Redis holds a copy of it under the resource's id, a list per kind and owner, and
-a tombstone for what expired.
+The manifest in the store is the truth. Redis holds, below `{namespace}:res`, what can be made again from it:
+
+    :<id>                  the manifest
+    list:<kind>:<owner>    ids by time of making; with no owner those of all
+    expiry                 ids by the time they go
+    sizes, bytes           bytes of each resource and of each owner
+    tomb:<id>              owner of one that expired
+    gone:<id>              it was deleted within the last hour
 """
 
 from __future__ import annotations
@@ -9,15 +15,16 @@ from __future__ import annotations
 import base64
 import time
 from collections.abc import Awaitable
-from dataclasses import dataclass, field
-from typing import Any
+from importlib.resources import files
+from typing import Any, Literal
 
-import orjson
 from redis.asyncio import Redis, RedisCluster
 
 from bathyscope.errors import InvalidRequest
-from bathyscope_backplane.artifacts._store import ArtifactStore, Blob
+from bathyscope_backplane.artifacts._resource import Resource, manifest_key
+from bathyscope_backplane.artifacts._store import ArtifactStore
 from bathyscope_backplane.broker import answer
+from bathyscope_backplane.scripts import SmallScript
 
 _PATIENCE_S = 8.0
 """Seconds that a reply of Redis may take, retries included."""
@@ -25,70 +32,18 @@ _PATIENCE_S = 8.0
 _TIES = 65
 """Entries read beyond a page, for those made in the cursor's own millisecond."""
 
+_GONE_SECONDS = 3600
+"""How long a deleted resource cannot be entered again: longer than anyone holds a manifest before entering it."""
 
-@dataclass(slots=True)
-class Resource:
-    """What a job made."""
+_INDEX, _REMOVE = (
+    SmallScript(files(__package__).joinpath("lua", f"{name}.lua").read_text(encoding="utf-8"))
+    for name in ("index", "remove")
+)
 
-    id: str
-    """`ext_…`, `prb_…`, …"""
+Entered = Literal["deleted", "known", "new"]
+"""What became of a resource that was entered; one that was deleted lately stays deleted."""
 
-    kind: str
-    """`extraction`, `probe`, `prediction`, …"""
-
-    owner: str
-    """Id of the API key it belongs to."""
-
-    job: str
-    """The job that made it."""
-
-    created_ms: int
-    """Unix time of the commit."""
-
-    expires_ms: int | None
-    """Unix time after which it is gone; null is never."""
-
-    body: dict[str, Any]
-    """The wire object."""
-
-    blobs: dict[str, Blob] = field(default_factory=dict)
-    """Its large objects by role."""
-
-    private: dict[str, Any] = field(default_factory=dict)
-    """What the service needs and does not show, as the layout of a file."""
-
-    @property
-    def manifest_key(self) -> str:
-        """Where its manifest lies in the store."""
-        return manifest_key(self.id)
-
-    def dump(self) -> bytes:
-        """As JSON."""
-        return orjson.dumps(
-            {
-                "id": self.id,
-                "kind": self.kind,
-                "owner": self.owner,
-                "job": self.job,
-                "created_ms": self.created_ms,
-                "expires_ms": self.expires_ms,
-                "body": self.body,
-                "blobs": {role: blob.as_json() for role, blob in self.blobs.items()},
-                "private": self.private,
-            }
-        )
-
-    @classmethod
-    def parse(cls, data: bytes | str) -> Resource:
-        """The reverse of `dump`."""
-        document = orjson.loads(data)
-        document["blobs"] = {role: Blob(**blob) for role, blob in document["blobs"].items()}
-        return cls(**document)
-
-
-def manifest_key(resource_id: str) -> str:
-    """Where the manifest of a resource lies in the store."""
-    return f"manifests/{resource_id}.json"
+_ENTERED: tuple[Entered, ...] = ("deleted", "known", "new")
 
 
 class Catalogue:
@@ -123,15 +78,26 @@ class Catalogue:
         data = await self._store.get(manifest_key(resource_id))
         return Resource.parse(data) if data is not None else None
 
-    async def index(self, resource: Resource) -> None:
-        """Enter a committed resource into Redis."""
-        async with self._redis.pipeline(transaction=True) as pipe:
-            pipe.set(f"{self._prefix}:{resource.id}", resource.dump())
-            for owner in (resource.owner, ""):
-                pipe.zadd(f"{self._prefix}list:{resource.kind}:{owner}", {resource.id: resource.created_ms})
-            if resource.expires_ms is not None:
-                pipe.zadd(f"{self._prefix}expiry", {resource.id: resource.expires_ms})
-            await answer(pipe.execute(), _PATIENCE_S)
+    async def index(self, resource: Resource) -> Entered:
+        """Enter a committed resource into Redis; once or many times makes no difference."""
+        outcome: int = await self._ask(
+            _INDEX(
+                self._redis,
+                self._prefix,
+                resource.id,
+                resource.kind,
+                resource.owner,
+                resource.created_ms,
+                "" if resource.expires_ms is None else resource.expires_ms,
+                resource.bytes,
+                resource.dump(),
+            )
+        )
+        return _ENTERED[outcome]
+
+    async def bytes_stored(self, owner: str) -> int:
+        """Bytes of all blobs of an owner's resources."""
+        return int(await self._ask(self._redis.hget(f"{self._prefix}bytes", owner)) or 0)
 
     async def get(self, resource_id: str) -> Resource | None:
         """A resource by id, null when there is none, whoever asks: the caller checks the owner."""
@@ -139,7 +105,20 @@ class Catalogue:
         if data is None:
             return None
         resource = Resource.parse(data)
-        return None if resource.expires_ms is not None and resource.expires_ms <= time.time() * 1000 else resource
+        return None if resource.expired else resource
+
+    async def standing(self, resource_id: str, kind: str, owner: str) -> Literal["own", "expired", "none"]:
+        """Whether a resource is this owner's, was until it expired, or is not, without a look at the resource.
+
+        So another's takes exactly as long as one that never was.
+        """
+        async with self._redis.pipeline(transaction=False) as pipe:
+            pipe.zscore(f"{self._prefix}list:{kind}:{owner}", resource_id)
+            pipe.get(f"{self._prefix}tomb:{resource_id}")
+            listed, buried = await self._ask(pipe.execute())
+        if listed is not None:
+            return "own"
+        return "expired" if buried == owner else "none"
 
     async def tombstone(self, resource_id: str) -> str | None:
         """The owner of a resource that expired, null when there never was one or it was deleted."""
@@ -166,35 +145,48 @@ class Catalogue:
         if page:
             values = await self._ask(self._redis.mget([f"{self._prefix}:{member}" for member, _ in page]))
             found = [Resource.parse(value) for value in values if value is not None]
+            found = [resource for resource in found if not resource.expired]
         last = page[-1] if page and len(entries) > limit else None
         return found, _encode_cursor(last) if last is not None else None
 
     async def delete(self, resource: Resource, *, expired: bool = False) -> None:
-        """Remove a resource: from Redis first, then the manifest, then the blobs."""
-        async with self._redis.pipeline(transaction=True) as pipe:
-            pipe.delete(f"{self._prefix}:{resource.id}")
-            for owner in (resource.owner, ""):
-                pipe.zrem(f"{self._prefix}list:{resource.kind}:{owner}", resource.id)
-            if expired:
-                pipe.set(f"{self._prefix}tomb:{resource.id}", resource.owner, ex=self._tombstone_seconds)
-            await answer(pipe.execute(), _PATIENCE_S)
+        """Remove a resource: from Redis first, then the manifest, then the blobs.
+
+        What is cut short by an outage the sweep ends; the resource is not seen any more in any case.
+        """
+        await self._ask(
+            _REMOVE(
+                self._redis,
+                self._prefix,
+                resource.id,
+                resource.kind,
+                resource.owner,
+                int(time.time() * 1000),
+                _GONE_SECONDS,
+                self._tombstone_seconds if expired else 0,
+            )
+        )
         await self._store.delete(resource.manifest_key)
         for blob in resource.blobs.values():
             await self._store.delete(blob.key)
         await self._ask(self._redis.zrem(f"{self._prefix}expiry", resource.id))
 
     async def sweep(self, limit: int = 100) -> int:
-        """Remove what has expired; how many."""
+        """Remove what has expired, and end deletes that were cut short; how many."""
         now = int(time.time() * 1000)
         due = await self._ask(self._redis.zrangebyscore(f"{self._prefix}expiry", "-inf", now, start=0, num=limit))
         for member in due:
             data = await self._ask(self._redis.get(f"{self._prefix}:{member}"))
             resource = Resource.parse(data) if data is not None else await self.committed(member)
             if resource is not None:
-                await self.delete(resource, expired=True)
+                await self.delete(resource, expired=data is not None)
             else:
                 await self._ask(self._redis.zrem(f"{self._prefix}expiry", member))
         return len(due)
+
+    async def claim_sweep(self, seconds: int) -> bool:
+        """Whether the store is to be swept of orphans by this process now: one does, once in so many seconds."""
+        return bool(await self._ask(self._redis.set(f"{self._prefix}swept", "1", nx=True, ex=seconds)))
 
     async def _ask(self, awaitable: Awaitable[Any]) -> Any:
         """A reply of Redis; raises `errors.Unavailable`."""

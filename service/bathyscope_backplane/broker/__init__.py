@@ -3,6 +3,7 @@
 from ._answer import answer
 from ._broker import Broker
 from ._connect import connect
+from ._hooks import Hook, HookQueue
 from ._listener import Bell, Listener, Waiter
 from ._types import (
     ENDED,
@@ -10,6 +11,7 @@ from ._types import (
     BrokerStats,
     Cancelled,
     Event,
+    HookState,
     Idempotency,
     JobRecord,
     LaneStats,
@@ -26,6 +28,8 @@ from ._types import (
     Status,
     Submitted,
     Taken,
+    Usage,
+    Webhook,
 )
 
 __all__ = [
@@ -36,6 +40,9 @@ __all__ = [
     "BrokerStats",
     "Cancelled",
     "Event",
+    "Hook",
+    "HookQueue",
+    "HookState",
     "Idempotency",
     "JobRecord",
     "LaneStats",
@@ -53,7 +60,9 @@ __all__ = [
     "Status",
     "Submitted",
     "Taken",
+    "Usage",
     "Waiter",
+    "Webhook",
     "answer",
     "connect",
 ]

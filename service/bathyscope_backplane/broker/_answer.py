@@ -18,12 +18,14 @@ from redis.exceptions import (
     TryAgainError,
 )
 
-from bathyscope.errors import Unavailable
+from bathyscope.errors import OutOfSpace, Unavailable
 
 T = TypeVar("T")
 
 RETRY_AFTER_S = 2.0
 """What a client is told to wait when Redis is out of reach: about a restart or a failover."""
+
+_FULL_RETRY_AFTER_S = 30.0
 
 _OUT_OF_REACH = (
     ConnectionError,
@@ -45,8 +47,8 @@ async def answer(awaitable: Awaitable[T], within_s: float) -> T:
     """The reply of Redis.
 
     Raises `Unavailable` when it cannot be reached, does not answer within `within_s` seconds (retries included),
-    or answers that it takes no writes now (out of memory, read-only, loading). What a write did is unknown then;
-    all scripts of the broker may be sent again.
+    or answers that it takes no writes now (read-only, loading), and `OutOfSpace` when its memory or its disk is full.
+    What a write did is unknown then; all scripts of the broker may be sent again.
     """
     try:
         async with asyncio.timeout(within_s):
@@ -60,7 +62,12 @@ async def answer(awaitable: Awaitable[T], within_s: float) -> T:
 
 
 def _unavailable(error: BaseException) -> Unavailable:
-    refuses = isinstance(error, OutOfMemoryError | ReadOnlyError) or str(error).startswith(("MISCONF", "NOREPLICAS"))
+    if isinstance(error, OutOfMemoryError) or "No space left" in str(error):
+        return OutOfSpace(
+            "The queue's memory or disk is full; wait until jobs have ended, or let the operator give it more.",
+            retry_after=_FULL_RETRY_AFTER_S,
+        )
+    refuses = isinstance(error, ReadOnlyError) or str(error).startswith(("MISCONF", "NOREPLICAS"))
     # Addresses of the backplane are no business of a client: only the kind of fault is told.
     word = "does not accept writes now" if refuses else "is out of reach"
     return Unavailable(f"The queue {word}; try again in a moment.", retry_after=RETRY_AFTER_S)

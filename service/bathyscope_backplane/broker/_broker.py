@@ -17,6 +17,7 @@ second is answered like the first. All of them raise `errors.Unavailable` when R
 from __future__ import annotations
 
 import json
+import math
 import random
 import secrets
 from collections.abc import Mapping, Sequence
@@ -30,6 +31,8 @@ from ._records import LEASE_FIELDS, hash_fields, lease
 from ._types import Cancelled, Lease, LeaseRef, NewJob, Reaped, ReleaseReason, Renewal, Submitted, Taken
 
 _FULL_RETRY_AFTER_S = 5.0
+_BYTES_RETRY_AFTER_S = 60.0  # open jobs may turn out smaller than estimated
+_EXPIRY_RETRY_AFTER_S = 3600.0  # nothing is freed before results are deleted or expire
 _RENEWALS: dict[int, Renewal] = {0: "lost", 1: "held", 2: "cancelled"}
 
 
@@ -47,11 +50,13 @@ class Broker(Reader):
         With a known idempotency key the first job's id is returned and nothing is queued. A job whose parents have
         all succeeded is ready at once; one with a parent that failed, or is not there, is failed at once.
 
-        Raises `LaneFull` or `QuotaExceeded` (429) when the lane or the owner has too many jobs, and
+        Raises `LaneFull` or `QuotaExceeded` (429) when the lane or the owner has too many jobs, or the owner would go
+        beyond its inputs of the day or its bytes (what is refused counts nowhere), and
         `IdempotencyMismatch` (422) when the key came with another body before.
         """
         idempotency = job.idempotency
-        outcome, value = await self._answer(
+        owner_limit = self.limits.owner_open if job.owner_limit is None else job.owner_limit
+        outcome, value, *rest = await self._answer(
             scripts.submit(
                 self._link,
                 id=job.id,
@@ -63,7 +68,12 @@ class Broker(Reader):
                 idempotency_key=idempotency.key if idempotency else "",
                 idempotency_body=idempotency.body if idempotency else "",
                 lane_limit=self.limits.lane_queued if job.lane_limit is None else job.lane_limit,
-                owner_limit=self.limits.owner_open if job.owner_limit is None else job.owner_limit,
+                owner_limit=owner_limit,
+                inputs=job.inputs,
+                inputs_limit=-1 if job.inputs_limit is None else job.inputs_limit,
+                bytes=job.bytes,
+                bytes_limit=-1 if job.bytes_limit is None else job.bytes_limit,
+                bytes_stored=job.bytes_stored,
             )
         )
         if outcome == "lane_full":
@@ -73,9 +83,14 @@ class Broker(Reader):
             )
         if outcome == "owner_full":
             raise QuotaExceeded(
-                f"This key has {value} unfinished jobs, as many as it may have; wait until some have ended.",
+                f"This key has {value} unfinished jobs and may have {owner_limit}; wait until some have ended.",
                 retry_after=_FULL_RETRY_AFTER_S,
+                quota="jobs",
+                used=int(value),
+                limit=owner_limit,
             )
+        if outcome in ("inputs_full", "bytes_full"):
+            raise _over_quota(job, outcome, int(value), rest)
         if outcome == "mismatch":
             raise IdempotencyMismatch(
                 "This Idempotency-Key was used before with another body; use a new key for a new request."
@@ -162,11 +177,23 @@ class Broker(Reader):
     async def release(self, ref: LeaseRef, *, reason: ReleaseReason) -> bool:
         """Put the job back into its lane, before those that came after it.
 
-        `drain`: the worker stops; the attempt does not count. `engine_died_alone`: it counts. `engine_died_together`:
-        it does not count, but the number of such deaths is bounded. After either death the job runs alone.
+        `drain`, `elsewhere`: the worker stops, or leaves the job to another; the attempt does not count.
+        `engine_died_alone`, `engine_hung_alone`: it counts. `engine_died_together`, `engine_hung_together`: it does
+        not count, but the number of such ends is bounded. After an engine's end the job runs alone.
         False: the lease is lost.
         """
         return bool(await self._answer(scripts.release(self._link, **_named(ref), reason=reason)))
+
+    async def postpone(self, ref: LeaseRef, problem: Mapping[str, Any]) -> bool:
+        """Put the job back for a later attempt, for want of room or of the store: the attempt does not count.
+
+        The pause doubles each time. `problem` says what was wanting. False: the lease is lost.
+        """
+        return bool(
+            await self._answer(
+                scripts.postpone(self._link, **_named(ref), problem=json.dumps(dict(problem)), jitter=random.random())
+            )
+        )
 
     async def cancel(self, job_id: str) -> Cancelled:
         """End a queued job now, with the jobs that need it; ask the worker of a running one to stop."""
@@ -184,9 +211,12 @@ class Broker(Reader):
         promoted, lapsed, expired, purged, more = cast(Any, await self._answer(scripts.reap(self._link)))
         return Reaped(promoted, lapsed, expired, purged, bool(more))
 
-    async def replay(self, job_id: str) -> bool:
-        """Put a dead letter back into its lane, all counters cleared. False: it is none."""
-        return bool(await self._answer(scripts.replay(self._link, id=job_id)))
+    async def replay(self, job_id: str, *, secret: str | None = None) -> bool:
+        """Put a dead letter back into its lane, all counters cleared. False: it is none.
+
+        `secret`: its credentials, sealed anew; those that it came with were erased.
+        """
+        return bool(await self._answer(scripts.replay(self._link, id=job_id, secret=secret or "")))
 
     async def forget(self, job_id: str) -> bool:
         """Remove an ended job's record before its time; its tombstone stays. False: there is none.
@@ -197,6 +227,28 @@ class Broker(Reader):
         if done < 0:
             raise StateConflict("The job has not ended; cancel it first.")
         return bool(done)
+
+
+def _over_quota(job: NewJob, outcome: str, used: int, rest: list[str]) -> QuotaExceeded:
+    if outcome == "inputs_full":
+        return QuotaExceeded(
+            f"This key has asked for {used:,} inputs today and may ask for {job.inputs_limit:,} a day (UTC); "
+            f"{job.inputs:,} more are too many: ask for fewer, or tomorrow.",
+            retry_after=math.ceil(float(rest[0]) / 1000),
+            quota="inputs_per_day",
+            used=used,
+            limit=job.inputs_limit,
+            asked=job.inputs,
+        )
+    return QuotaExceeded(
+        f"This key may store {job.bytes_limit:,} bytes: it has {job.bytes_stored:,}, its open jobs may add {used:,}, "
+        f"and this one {job.bytes:,}; delete results, or wait until some expire.",
+        retry_after=_BYTES_RETRY_AFTER_S if used else _EXPIRY_RETRY_AFTER_S,
+        quota="bytes",
+        used=job.bytes_stored + used,
+        limit=job.bytes_limit,
+        asked=job.bytes,
+    )
 
 
 def _named(ref: LeaseRef) -> dict[str, Any]:

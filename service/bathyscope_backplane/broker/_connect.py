@@ -15,6 +15,8 @@ from redis.backoff import FullJitterBackoff
 from bathyscope.errors import SetupError
 
 _PORTS = {"sentinel": 26379, "cluster": 6379}
+_TLS = {"ssl_ca_certs", "ssl_ca_path", "ssl_certfile", "ssl_keyfile", "ssl_password", "ssl_check_hostname"}
+"""Options of a URL that redis-py reads itself for one server, and leaves to us for sentinels and clusters."""
 _SAME = {"valkey": "redis", "valkeys": "rediss", "valkey+unix": "unix", "redis+unix": "unix"}
 
 
@@ -33,6 +35,9 @@ def connect(
     - `redis+sentinel://[user:password@]host[:port],host[:port]…/service[/db]`, `rediss+sentinel://…`; the password
       is the server's, that of the sentinels is `?sentinel_password=`
     - `redis+cluster://[user:password@]host[:port],host[:port]…`, `rediss+cluster://…`
+
+    A private certificate authority is named by `?ssl_ca_certs=/path/to/ca.pem`, a certificate of our own by
+    `ssl_certfile` and `ssl_keyfile`, in each of these.
 
     A command that meets a broken connection is sent again up to `retries` times over about three seconds, so that a
     restart or failover passes unnoticed. Connecting, and waiting for one reply, end after `timeout_s` seconds.
@@ -53,7 +58,7 @@ def connect(
     if kind in _PORTS and scheme in {"redis", "rediss", "valkey", "valkeys"}:
         common |= _credentials(url)
         if scheme in {"rediss", "valkeys"}:
-            common["ssl"] = True
+            common |= {"ssl": True, **_tls(url)}
         make = _sentinel if kind == "sentinel" else _cluster
         return make(url, common, max_connections)
     split = urlsplit(url)
@@ -91,9 +96,8 @@ def _sentinel(url: str, common: dict[str, Any], max_connections: int) -> Redis:
             raise SetupError("After the service, a sentinel URL may name a database, which is a number.")
         common["db"] = int(db)
     query = dict(parse_qsl(split.query))
-    of_sentinels: dict[str, Any] = {
-        name: common[name] for name in ("socket_timeout", "socket_connect_timeout", "ssl") if name in common
-    }
+    shared = {"socket_timeout", "socket_connect_timeout", "ssl", *_TLS}
+    of_sentinels: dict[str, Any] = {name: value for name, value in common.items() if name in shared}
     of_sentinels |= {
         name: query[f"sentinel_{name}"] for name in ("username", "password") if f"sentinel_{name}" in query
     }
@@ -120,6 +124,13 @@ def _cluster(url: str, common: dict[str, Any], max_connections: int) -> RedisClu
         raise SetupError("A Redis cluster needs redis-py 8 or later: pip install 'redis>=8'.")
     nodes = [ClusterNode(host, port) for host, port in _hosts(url, "cluster")]
     return RedisCluster(startup_nodes=nodes, max_connections=max_connections, **common)
+
+
+def _tls(url: str) -> dict[str, Any]:
+    given: dict[str, Any] = {name: value for name, value in parse_qsl(urlsplit(url).query) if name in _TLS}
+    if "ssl_check_hostname" in given:
+        given["ssl_check_hostname"] = given["ssl_check_hostname"].lower() not in {"false", "0", "no"}
+    return given
 
 
 def _credentials(url: str) -> dict[str, str]:

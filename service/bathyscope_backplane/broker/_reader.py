@@ -9,7 +9,15 @@ from typing import Any, TypeVar, cast
 
 from redis.asyncio import Redis, RedisCluster
 
-from bathyscope.errors import DependencyFailed, EngineDied, Expired, InvalidRequest, JobCancelled, LeaseLapsed
+from bathyscope.errors import (
+    DependencyFailed,
+    EngineDied,
+    EngineHung,
+    Expired,
+    InvalidRequest,
+    JobCancelled,
+    LeaseLapsed,
+)
 
 from . import _cursor as cursors
 from . import _scripts as scripts
@@ -17,7 +25,7 @@ from ._answer import answer
 from ._listener import Listener
 from ._lua import Link
 from ._records import RECORD_FIELDS, record
-from ._types import BrokerLimits, BrokerStats, Event, JobRecord, LaneStats, Page, Status
+from ._types import BrokerLimits, BrokerStats, Event, JobRecord, LaneStats, Page, Status, Usage
 
 T = TypeVar("T")
 
@@ -70,6 +78,10 @@ class Reader:
         """The job, or None when it never was or its time is over (then see `tombstone`)."""
         values: list[str | None] = await self._read(self.redis.hmget(f"{self.prefix}job:{job_id}", RECORD_FIELDS))
         return record(values) if values[0] else None
+
+    async def knows(self, job_id: str) -> bool:
+        """Whether there is a record of the job."""
+        return bool(await self._read(self.redis.exists(f"{self.prefix}job:{job_id}")))
 
     async def payload(self, job_id: str) -> str | None:
         """What the job was submitted with; None when it is gone: after success, cancel and expiry it is dropped."""
@@ -145,16 +157,21 @@ class Reader:
     async def stats(self) -> BrokerStats:
         """The numbers for metrics."""
         lanes, tally, totals, delayed, waiting, leases, dead = cast(Any, await self._answer(scripts.stats(self._link)))
-        ended = ((name.rpartition("|"), int(count)) for name, count in _pairs(totals))
+        ever = [(name.rpartition("|"), int(count)) for name, count in _pairs(totals)]
         return BrokerStats(
             lanes=[LaneStats(name, *map(int, numbers)) for name, *numbers in lanes],
             jobs={cast(Status, status): int(count) for status, count in _pairs(tally)},
-            ended={(kind, cast(Status, status)): count for (kind, _, status), count in ended},
+            ended={(kind, cast(Status, status)): count for (kind, _, status), count in ever if kind},
+            requeued={reason: count for (kind, _, reason), count in ever if not kind},
             delayed=delayed,
             waiting=waiting,
             leases=leases,
             dead_letters=dead,
         )
+
+    async def usage(self, owner: str) -> Usage:
+        """What an owner has open, and has asked for today."""
+        return Usage(*await self._answer(scripts.usage(self._link, owner=owner)))
 
     async def subscribe(self) -> Listener:
         """One connection that hears what changes, for a whole process. Close it with `aclose`, or use `async with`.
@@ -178,6 +195,9 @@ def _terms(limits: BrokerLimits) -> dict[str, Any]:
         "cancel_problem": JobCancelled("The job was cancelled before it ended."),
         "dependency_problem": DependencyFailed(""),
         "death_problem": EngineDied("The engine process died while it ran this job, as often as is allowed."),
+        "hang_problem": EngineHung(
+            "The engine made no progress while it ran this job and was ended, as often as is allowed."
+        ),
         "lapse_problem": LeaseLapsed("Workers were lost while they ran this job, as often as is allowed."),
         "expiry_problem": Expired("No worker served the job in the time that a job may wait."),
     }

@@ -6,19 +6,20 @@ import json
 from collections.abc import Sequence
 from typing import Any, cast
 
-from ._types import JobRecord, Lease, LeaseRef, NewJob, Priority, Progress, State, Status
+from ._types import HookState, JobRecord, Lease, LeaseRef, NewJob, Priority, Progress, State, Status, Webhook
 
 RECORD_FIELDS = [
     "id", "kind", "status", "state", "lane", "owner", "priority", "request", "resource_id", "resource",
     "progress", "attempt", "max_attempts", "group_deaths", "solo", "alone", "worker", "created_at",
     "enqueued_at", "started_at", "finished_at", "expires_at", "error", "timings", "parents", "unmet", "cancel",
-    "reason", "webhook", "dead_letter",
+    "reason", "webhook", "dead_letter", "hook_state", "hook_attempts", "hook_status", "hook_detail",
+    "hook_delivered_at", "hook_next_at", "trace", "credentials",
 ]  # fmt: skip
 """What `record` reads, in its order. Payload and secret stay behind: polls are many and payloads are large."""
 
 LEASE_FIELDS = [
     "id", "kind", "lane", "owner", "priority", "payload", "resource_id", "attempt", "max_attempts", "solo",
-    "secret", "created_at", "started_at",
+    "secret", "created_at", "enqueued_at", "started_at", "trace",
 ]  # fmt: skip
 """What `lease` reads, in its order."""
 
@@ -37,7 +38,9 @@ def hash_fields(job: NewJob) -> list[str]:
         "resource_id": job.resource_id,
         "secret": job.secret,
         "webhook": job.webhook,
+        "trace": job.trace,
         "parents": " ".join(job.parents) or None,
+        "credentials": " ".join(job.credentials) or None,
     }
     return [text for name, value in given.items() if value is not None for text in (name, value)]
 
@@ -65,18 +68,20 @@ def record(values: Sequence[str | None]) -> JobRecord:
         alone=raw["alone"] == "1",
         worker=raw.get("worker"),
         created_at=int(raw["created_at"]),
-        enqueued_at=_time(raw.get("enqueued_at")),
-        started_at=_time(raw.get("started_at")),
-        finished_at=_time(raw.get("finished_at")),
-        expires_at=_time(raw.get("expires_at")),
+        enqueued_at=_number(raw.get("enqueued_at")),
+        started_at=_number(raw.get("started_at")),
+        finished_at=_number(raw.get("finished_at")),
+        expires_at=_number(raw.get("expires_at")),
         error=json.loads(raw["error"]) if "error" in raw else None,
         timings=json.loads(raw.get("timings", "{}")),
         parents=tuple(raw.get("parents", "").split()),
         unmet=int(raw["unmet"]),
         cancel_requested=raw.get("cancel") == "1",
         reason=raw.get("reason"),
-        webhook=raw.get("webhook"),
+        webhook=_webhook(raw),
         dead_letter=raw.get("dead_letter") == "1",
+        credentials=tuple(raw.get("credentials", "").split()),
+        trace=raw.get("trace"),
     )
 
 
@@ -96,9 +101,25 @@ def lease(values: Sequence[str | None], worker: str, token: str) -> Lease:
         solo=raw["solo"] == "1",
         secret=raw["secret"],
         created_at=int(raw["created_at"]),
+        enqueued_at=int(raw["enqueued_at"]),
         started_at=int(raw["started_at"]),
+        trace=raw["trace"],
     )
 
 
-def _time(text: str | None) -> int | None:
+def _webhook(raw: dict[str, str]) -> Webhook | None:
+    if "webhook" not in raw:
+        return None
+    return Webhook(
+        url=raw["webhook"],
+        state=cast(HookState, raw.get("hook_state", "waiting")),
+        attempts=int(raw.get("hook_attempts", "0")),
+        last_status=_number(raw.get("hook_status")),
+        detail=raw.get("hook_detail"),
+        delivered_at=_number(raw.get("hook_delivered_at")),
+        next_attempt_at=_number(raw.get("hook_next_at")),
+    )
+
+
+def _number(text: str | None) -> int | None:
     return int(text) if text else None

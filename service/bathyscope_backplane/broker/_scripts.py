@@ -22,8 +22,21 @@ def submit(
     idempotency_body: str,
     lane_limit: int,
     owner_limit: int,
+    inputs: int,
+    inputs_limit: int,
+    bytes: int,
+    bytes_limit: int,
+    bytes_stored: int,
 ) -> list[str]:
-    """Queue a job; `fields` are names and values of its hash, in turn -> [outcome, id or number]."""
+    """Queue a job; `fields` are names and values of its hash, in turn; limits below 0 are none.
+
+    -> [outcome, id or number, …].
+    """
+
+
+@lua(read_only=True)
+def usage(*, owner: str) -> list[int]:
+    """Read an owner's use -> [unfinished jobs, inputs today, bytes promised, ms until the next day]."""
 
 
 @lua(allow_oom=True)
@@ -59,6 +72,11 @@ def fail(*, id: str, worker: str, token: str, problem: str, retry: bool, jitter:
 
 
 @lua(allow_oom=True)
+def postpone(*, id: str, worker: str, token: str, problem: str, jitter: float) -> int:
+    """Try again later, without counting the attempt; `jitter` is a random number in [0, 1)."""
+
+
+@lua(allow_oom=True)
 def release(*, id: str, worker: str, token: str, reason: str) -> int:
     """Put a leased job back into its lane."""
 
@@ -79,8 +97,29 @@ def reap() -> list[object]:
 
 
 @lua()
-def replay(*, id: str) -> int:
+def replay(*, id: str, secret: str) -> int:
     """Put a dead letter back into its lane -> 1, or 0 when it is none."""
+
+
+@lua(allow_oom=True)
+def hook_claim(*, token: str, claim_ms: int, full_owners: list[str], full_hosts: list[str]) -> list[str | int]:
+    """Hand out the delivery that is next -> [id, owner, host, url, attempt, number], or nothing."""
+
+
+@lua(allow_oom=True)
+def hook_settle(
+    *,
+    id: str,
+    owner: str,
+    host: str,
+    token: str,
+    state: str,
+    status: int,
+    detail: str,
+    pause_ms: int,
+    broken_off: bool,
+) -> int:
+    """Note how an attempt at a delivery went; `status` is 0 without an answer -> 0 when the claim is stale."""
 
 
 @lua(allow_oom=True)

@@ -20,7 +20,13 @@ Renewal = Literal["held", "cancelled", "lost"]
 Cancelled = Literal["cancelled", "cancelling", "already", "finished", "missing"]
 """What `cancel` did: ended it, asked its worker to stop, nothing (was cancelled), nothing (had ended), no such job."""
 
-ReleaseReason = Literal["drain", "engine_died_alone", "engine_died_together"]
+HookState = Literal["waiting", "pending", "delivered", "failed", "refused"]
+"""Of a webhook: the job has not ended, it is to be told, was told, could not be told, must not be told."""
+
+ReleaseReason = Literal[
+    "drain", "elsewhere", "engine_died_alone", "engine_died_together", "engine_hung_alone", "engine_hung_together"
+]
+"""Why a job is put back: its worker stops, it is for another worker, or its engine died or was ended as hung."""
 
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,128}")
 
@@ -97,11 +103,25 @@ class NewJob:
     secret: str | None = None
     """A sealed credential (the caller's envelope). Handed out with every lease, erased when the job ends."""
     webhook: str | None = None
-    """URL that is told when the job ends; the broker only keeps it."""
+    """URL that is told when the job ends; `HookQueue` hands it out then."""
+    trace: str | None = None
+    """The W3C `traceparent` of what submitted it; kept as long as the job."""
     lane_limit: int | None = None
     """In place of `BrokerLimits.lane_queued`, for this submit."""
     owner_limit: int | None = None
     """In place of `BrokerLimits.owner_open`, for this submit: the key's own quota."""
+    credentials: tuple[str, ...] = ()
+    """Names of what `secret` holds; kept when it is erased, so that a replay can say what is needed again."""
+    inputs: int = 0
+    """Inputs that count towards the owner's day (UTC)."""
+    inputs_limit: int | None = None
+    """Inputs of one day that the owner may ask for; None is no bound."""
+    bytes: int = 0
+    """Estimated size of the result. Counts as the owner's until the job has ended."""
+    bytes_limit: int | None = None
+    """Bytes that the owner may have stored and promised; None is no bound."""
+    bytes_stored: int = 0
+    """Bytes that the owner has stored now, as the catalogue knows."""
 
     def __post_init__(self) -> None:
         for name in (self.id, self.owner, *self.parents):
@@ -109,6 +129,8 @@ class NewJob:
                 raise ValueError(f"{name!r} cannot be an id: letters, digits, '_', '-' and '.', at most 128")
         if not self.lane or not self.lane.isprintable():
             raise ValueError(f"{self.lane!r} cannot be a lane: it must be printable and not empty")
+        if min(self.inputs, self.bytes, self.bytes_stored) < 0:
+            raise ValueError("inputs and bytes must not be negative")
         if self.max_attempts < 1:
             raise ValueError("max_attempts must be at least 1")
 
@@ -121,6 +143,20 @@ class Submitted:
     """The job: the new one, or the one that the idempotency key made before."""
     replayed: bool
     """True when the idempotency key was known and nothing was queued."""
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """What an owner uses now."""
+
+    open_jobs: int
+    """Jobs queued or running."""
+    inputs_today: int
+    """Inputs asked for since midnight UTC."""
+    bytes_promised: int
+    """Estimated results of the open jobs."""
+    day_ends_ms: int
+    """Milliseconds until the next day, UTC."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,8 +188,12 @@ class Lease:
     """It must run with nothing beside it, since an engine died with it before."""
     secret: str | None
     created_at: int
+    enqueued_at: int
+    """When it last became ready."""
     started_at: int
     """Time of this take."""
+    trace: str | None = None
+    """As submitted."""
 
     @property
     def job_id(self) -> str:
@@ -181,6 +221,23 @@ class Progress:
     """None while it is not known."""
     unit: str
     """What is counted: `inputs`, `bytes`, `layers`, …"""
+
+
+@dataclass(frozen=True, slots=True)
+class Webhook:
+    """Where the end of a job is told, and how far that is."""
+
+    url: str
+    state: HookState
+    attempts: int
+    """Attempts that were begun."""
+    last_status: int | None
+    """HTTP status of the last answer; None when there was none."""
+    detail: str | None
+    """How the last attempt went, in a sentence."""
+    delivered_at: int | None
+    next_attempt_at: int | None
+    """None unless an attempt is due later."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -229,9 +286,14 @@ class JobRecord:
     cancel_requested: bool
     reason: str | None
     """Why it was last put back or ended: `drain`, `engine_died_together`, `lease_lapsed`, `retry`, …"""
-    webhook: str | None
+    webhook: Webhook | None
+    """Where its end is told, and how that went; None when nobody is to be told."""
     dead_letter: bool
     """It ran out of attempts and can be replayed."""
+    credentials: tuple[str, ...] = ()
+    """Names of the credentials that it was given; they are erased when it ends."""
+    trace: str | None = None
+    """As submitted: the parent of the spans of whatever is done about the job."""
 
     @property
     def ended(self) -> bool:
@@ -299,6 +361,8 @@ class BrokerStats:
     """Jobs that can be read now, by status."""
     ended: dict[tuple[str, Status], int]
     """Jobs that ever ended, by kind and status: only grows."""
+    requeued: dict[str, int]
+    """How often jobs were ever put back after they were taken, by reason (`ReleaseReason`, `retry`, `lease_lapsed`)."""
     delayed: int
     """Jobs that wait for their next attempt."""
     waiting: int

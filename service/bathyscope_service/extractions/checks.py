@@ -62,17 +62,27 @@ def wire_rows(inputs: list[Input]) -> list[Any]:
     return [item if isinstance(item, str) else item.model_dump() for item in inputs]
 
 
-def check(entry: ModelEntry, options: ExtractionOptions, inputs: list[Input], limits: Limits) -> None:
-    """Refuse what cannot be done, or would be too large, before anything is queued.
+def check(entry: ModelEntry, options: ExtractionOptions, inputs: list[Input], limits: Limits) -> int:
+    """Refuse what cannot be done, or would be too large, before anything is queued; the result's estimated bytes.
+
+    The estimate is 0 while nothing is known of the model.
 
     Raises `InvalidRequest` and `InvalidInput` (422) with pointers, `TooLarge` (413) with estimate and limit.
     """
     refuse_rows(len(inputs), limits.max_rows)
     _check_inputs(inputs, entry, options)
+    tokens = _tokens(entry, options, inputs)
+    if tokens > limits.max_tokens:
+        raise TooLarge(
+            f"The inputs are estimated at {tokens:,} tokens and the limit is {limits.max_tokens:,}: split them over "
+            "several requests, or set max_length with a truncation.",
+            estimate=tokens,
+            limit=limits.max_tokens,
+        )
     if entry.facts is None:
-        return  # the worker checks again once it knows the model
+        return 0  # the worker checks again once it knows the model
     layers = len(resolve_layers(options.layers, entry.facts.num_layers))
-    estimate = layers * entry.facts.hidden_size * _ITEM_BYTES[options.dtype] * _vectors(entry, options, inputs)
+    estimate = layers * entry.facts.hidden_size * _ITEM_BYTES[options.dtype] * _vectors(options, inputs, tokens)
     if estimate > limits.max_result_bytes:
         raise TooLarge(
             f"The result is estimated at {estimate:,} bytes and the limit is {limits.max_result_bytes:,}: ask for "
@@ -80,6 +90,7 @@ def check(entry: ModelEntry, options: ExtractionOptions, inputs: list[Input], li
             estimate=estimate,
             limit=limits.max_result_bytes,
         )
+    return estimate
 
 
 def refuse_rows(rows: int, limit: int) -> None:
@@ -149,12 +160,17 @@ def resolve_layers(layers: list[int] | str, num_layers: int) -> list[int]:
     return list(resolved)
 
 
-def _vectors(entry: ModelEntry, options: ExtractionOptions, inputs: list[Input]) -> int:
+def _vectors(options: ExtractionOptions, inputs: list[Input], tokens: int) -> int:
     """Vectors of one layer: one an input, or with pooling none an upper bound of the tokens."""
     if options.pooling != "none":
         return len(inputs)
     if options.positions is not None and options.positions.tokens is not None:
         return len(inputs) * len(options.positions.tokens)
+    return tokens
+
+
+def _tokens(entry: ModelEntry, options: ExtractionOptions, inputs: list[Input]) -> int:
+    """An upper bound of the tokens of all inputs: their bytes, or the longest text for each, whichever is less."""
     bound = _longest(entry, options)
     total = 0
     for item in inputs:

@@ -11,12 +11,13 @@ from starlette.responses import Response
 
 from bathyscope import errors
 from bathyscope.types import Extraction, ExtractionRequest, Format, Job, Page
+from bathyscope_backplane.artifacts._store import CHUNK_BYTES
 from bathyscope_backplane.ids import new_id
 from bathyscope_service.bodies import describes, json_body
-from bathyscope_service.context import Caller, Context, Ctx
+from bathyscope_service.context import Caller, Context, Ctx, Held
 from bathyscope_service.extractions.checks import check, lane_of, model_entry, refuse_unbuilt, wire_rows
-from bathyscope_service.extractions.representations import MEDIA_TYPES, States
-from bathyscope_service.jobs.submission import Work, answer, refuse_webhook, submit
+from bathyscope_service.extractions.representations import MEDIA_TYPES, STATES_SCHEMA, States
+from bathyscope_service.jobs.submission import Work, answer, submit, webhook_of
 from bathyscope_service.problems import responses
 from bathyscope_service.resources import (
     begun,
@@ -30,6 +31,13 @@ from bathyscope_service.resources import (
 router = APIRouter(prefix="/v1/extractions", tags=["extractions"])
 
 _RANGE = re.compile(r"bytes=([0-9]{0,18})-([0-9]{0,18})", re.IGNORECASE)
+
+_BINARY = {"type": "string", "format": "binary"}
+_ETAG = {
+    "description": "Names this representation.",
+    "required": True,
+    "schema": {"type": "string", "pattern": '^"[0-9a-f]{40}"$'},
+}
 
 _EXAMPLE = {
     "model": "smollm2",
@@ -76,20 +84,23 @@ async def create_extraction(
 
 async def extraction_work(context: Context, body: ExtractionRequest, size: int) -> Work:
     """The job of a valid request, which came in a body of `size` bytes. Raises what the front end can tell."""
-    refuse_webhook(body)
     refuse_unbuilt(body)
+    webhook = webhook_of(context, body)
     entry = await model_entry(context, body.model, body.quantization)
     inputs = body.inputs or []
-    await context.apart(size, check, entry, body, inputs, context.plane.settings.limits)
+    estimate = await context.apart(size, check, entry, body, inputs, context.plane.settings.limits)
     spec = body.model_dump(exclude={"inputs", "dataset", "priority", "webhook"})
     return Work(
         kind="extraction",
         lane=lane_of(entry, body),
         spec=spec,
         rows=await context.apart(size, wire_rows, inputs),
-        request={**body.model_dump(exclude={"inputs"}, exclude_defaults=True), "inputs": len(inputs)},
+        request={**body.model_dump(exclude={"inputs", "webhook"}, exclude_defaults=True), "inputs": len(inputs)},
         resource_id=new_id("ext"),
         priority=body.priority,
+        inputs=len(inputs),
+        bytes=estimate,
+        webhook=webhook,
     )
 
 
@@ -134,10 +145,27 @@ async def delete_extraction(extraction_id: str, context: Ctx, caller: Caller) ->
     responses={
         200: {
             "description": "The tensor, streamed.",
-            "content": {media: {"schema": {"type": "string", "format": "binary"}} for media in MEDIA_TYPES.values()},
+            "content": {
+                media: {"schema": STATES_SCHEMA if name == "json" else _BINARY} for name, media in MEDIA_TYPES.items()
+            },
+            "headers": {"ETag": _ETAG},
         },
-        206: {"description": "The part that `Range` asked for."},
-        304: {"description": "`If-None-Match` names the present representation."},
+        206: {
+            "description": "The part that `Range` asked for.",
+            "content": {media: {"schema": _BINARY} for name, media in MEDIA_TYPES.items() if name != "json"},
+            "headers": {
+                "ETag": _ETAG,
+                "Content-Range": {
+                    "description": "Which part of how much: `bytes first-last/length`.",
+                    "required": True,
+                    "schema": {"type": "string", "pattern": "^bytes [0-9]+-[0-9]+/[0-9]+$"},
+                },
+            },
+        },
+        304: {
+            "description": "`If-None-Match` names the present representation.",
+            "headers": {"ETag": _ETAG},
+        },
         **responses(
             errors.NotFound,
             errors.Expired,
@@ -145,6 +173,7 @@ async def delete_extraction(extraction_id: str, context: Ctx, caller: Caller) ->
             errors.NotAcceptable,
             errors.TooLarge,
             errors.RangeUnsatisfiable,
+            errors.QuotaExceeded,
         ),
     },
 )
@@ -153,6 +182,7 @@ async def get_hidden_states(
     request: Request,
     context: Ctx,
     caller: Caller,
+    memory: Held,
     format: Annotated[Format | None, Query(description="By default what `Accept` names, else safetensors.")] = None,
     layers: Annotated[str | None, Query(max_length=20_000, description="Layer numbers, as `8,16`.")] = None,
     rows: Annotated[str | None, Query(max_length=40, description="Inputs, inclusive, as `0-99`.")] = None,
@@ -173,10 +203,10 @@ async def get_hidden_states(
     limits = context.plane.settings.limits
     with may_be_deleted(resource):
         if chosen == "json":
-            content = await states.json(selection, limits.max_json_bytes)
+            content = await states.json(selection, limits.max_json_bytes, memory.hold)
             return Response(content, headers=headers, media_type=media_type)
         if chosen == "arrow":
-            stream = await begun(await states.arrow(selection, limits.max_arrow_bytes))
+            stream = await begun(await states.arrow(selection, limits.max_arrow_bytes, memory.hold))
             return StreamingResponse(stream, headers=headers, media_type=media_type)
         pieces = await states.pieces(chosen, selection)
     start, end, status = 0, len(pieces), 200
@@ -187,6 +217,7 @@ async def get_hidden_states(
         if status == 206:
             headers["Content-Range"] = f"bytes {start}-{end - 1}/{len(pieces)}"
     headers["Content-Length"] = str(end - start)
+    memory.hold(min(end - start, 2 * CHUNK_BYTES))
     with may_be_deleted(resource):
         return StreamingResponse(await begun(pieces.stream(start, end)), status, headers, media_type)
 

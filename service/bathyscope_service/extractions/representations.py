@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +30,40 @@ MEDIA_TYPES = {
     "arrow": "application/vnd.apache.arrow.stream",
     "json": "application/json",
 }
+_INTEGERS = {"type": "array", "items": {"type": "integer"}}
+STATES_SCHEMA = {
+    "type": "object",
+    "description": "Hidden states as JSON.",
+    "required": ["shape", "dtype", "layers", "rows", "hidden_states", "token_ids", "offsets"],
+    "properties": {
+        "shape": {**_INTEGERS, "description": "Of `hidden_states`."},
+        "dtype": {"type": "string", "enum": ["float32", "float16"], "description": "Of the stored numbers."},
+        "layers": {**_INTEGERS, "description": "Layer numbers along the second axis."},
+        "rows": {**_INTEGERS, "description": "First and last input, inclusive."},
+        "hidden_states": {
+            "type": "array",
+            "items": {"type": "array", "items": {"type": "array", "items": {"type": ["number", "null"]}}},
+            "description": "`[inputs, layers, hidden]`; null stands for what JSON cannot say.",
+        },
+        "token_ids": {**_INTEGERS, "description": "Of all inputs, one after the other."},
+        "offsets": {**_INTEGERS, "description": "Where each input's tokens begin, and their end."},
+    },
+}
+"""Of the representation `json`, for the OpenAPI document."""
+
+_JSON_TIMES = 8
+"""Bytes of memory that JSON takes for a byte of its numbers: two as float16 are written with up to twelve letters."""
+_ARROW_TIMES = 4
+"""The same for Arrow: the bytes read, the array, the batch, and the text of it that is being sent."""
+
+Hold = Callable[[int], None]
+"""Told how many bytes of memory are about to be taken; raises when there are none left."""
+
+
+def nothing(size: int) -> None:
+    """A `Hold` that counts nothing."""
+
+
 _NUMPY: dict[str, np.dtype[Any]] = {
     "F32": np.dtype("<f4"),
     "F16": np.dtype("<f2"),
@@ -169,12 +203,12 @@ class States:
         text += b" " * (-len(text) % 8)
         return Pieces(self._store, self._blob.key, [len(text).to_bytes(8, "little") + text, *parts])
 
-    async def arrow(self, selection: Selection, limit: int) -> AsyncIterator[bytes]:
+    async def arrow(self, selection: Selection, limit: int, hold: Hold = nothing) -> AsyncIterator[bytes]:
         """The Arrow IPC stream, one row an input: `index`, `token_ids`, `hidden_states`.
 
         `hidden_states` is the row's numbers, flat: `[layers, hidden]`, with pooling none `[tokens, layers, hidden]`;
         the shape stands in the schema's metadata. A record batch is made in memory and holds one input at least:
-        raises `TooLarge` when the largest has more than `limit` bytes.
+        raises `TooLarge` when the largest has more than `limit` bytes. `hold` is told how much memory that takes.
         """
         groups = await self._row_groups(selection)
         largest = max((size for _, _, size in groups), default=0)
@@ -185,6 +219,7 @@ class States:
                 estimate=largest,
                 limit=limit,
             )
+        hold(_ARROW_TIMES * largest)
         return self._arrow(selection, [(first, last) for first, last, _ in groups])
 
     async def _arrow(self, selection: Selection, groups: list[tuple[int, int]]) -> AsyncIterator[bytes]:
@@ -218,8 +253,11 @@ class States:
                 sink.truncate()
         yield sink.getvalue()
 
-    async def json(self, selection: Selection, limit: int) -> bytes:
-        """Everything as JSON, below a limit in bytes of states and token ids. Raises `TooLarge`."""
+    async def json(self, selection: Selection, limit: int, hold: Hold = nothing) -> bytes:
+        """Everything as JSON, below a limit in bytes of states and token ids. Raises `TooLarge`.
+
+        `hold` is told how much memory that takes.
+        """
         states = self._tensors["hidden_states"]
         vectors = await self._vectors(selection)
         shape = self._shape(selection, vectors)
@@ -232,6 +270,7 @@ class States:
                 estimate=size,
                 limit=limit,
             )
+        hold(_JSON_TIMES * size)
         first, last = selection.rows
         offsets = await self._offsets(first, last)
         numbers = await self._array(selection, first, last, offsets)

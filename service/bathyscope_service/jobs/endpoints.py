@@ -16,8 +16,9 @@ from bathyscope import errors
 from bathyscope.types import Job, JobKind, JobStatus, Page
 from bathyscope_backplane.keys import ApiKey
 from bathyscope_service.context import Caller, Context, Ctx
+from bathyscope_service.credentials import HEADERS, credentials_of
 from bathyscope_service.guards import require_admin
-from bathyscope_service.jobs.submission import job_answer, wait_for, wanted_wait
+from bathyscope_service.jobs.submission import job_answer, wait_for
 from bathyscope_service.jobs.views import job_of, job_view, json_response
 from bathyscope_service.problems import responses
 
@@ -40,7 +41,7 @@ async def list_jobs(
     page = await context.plane.broker.list(
         None if caller.admin else caller.id, kind=kind, status=status, limit=limit, cursor=cursor
     )
-    data = [await job_view(context, record) for record in page.jobs]
+    data = [await job_view(context, record, caller.id) for record in page.jobs]
     return json_response({"data": data, "next_cursor": page.next_cursor})
 
 
@@ -52,7 +53,7 @@ async def list_jobs(
 )
 async def get_job(job_id: str, request: Request, context: Ctx, caller: Caller) -> Response:
     """The job as it is; with `Prefer: wait=N` (at most 60) the answer is held until it ends."""
-    record = await wait_for(context, caller, job_id, wanted_wait(request))
+    record = await wait_for(context, request, caller, job_id)
     return await job_answer(context, request, record, {}, unfinished=200)
 
 
@@ -69,7 +70,7 @@ async def cancel_job(job_id: str, context: Ctx, caller: Caller) -> Response:
     record = await job_of(context, caller, job_id)
     if outcome == "finished":
         raise errors.StateConflict(f"The job has already ended: it is {record.status}.")
-    return json_response(await job_view(context, record))
+    return json_response(await job_view(context, record, caller.id))
 
 
 @router.post(
@@ -78,12 +79,23 @@ async def cancel_job(job_id: str, context: Ctx, caller: Caller) -> Response:
     response_model=Job,
     responses=responses(errors.NotFound, errors.Expired, errors.StateConflict, errors.InvalidRequest),
 )
-async def replay_job(job_id: str, context: Ctx, caller: Annotated[ApiKey, Depends(require_admin)]) -> Response:
-    """A job that failed after its last attempt goes back to its queue, with all its attempts (admin)."""
-    await job_of(context, caller, job_id)
-    if not await context.plane.broker.replay(job_id):
+async def replay_job(
+    job_id: str, request: Request, context: Ctx, caller: Annotated[ApiKey, Depends(require_admin)]
+) -> Response:
+    """A job that failed after its last attempt goes back to its queue, with all its attempts (admin).
+
+    Credentials that it came with were erased when it ended and are given again, in the same headers.
+    """
+    record = await job_of(context, caller, job_id)
+    credentials = credentials_of(request)
+    missing = [HEADERS[name] for name in record.credentials if name not in credentials.names]
+    if record.dead_letter and missing:
+        raise errors.StateConflict(
+            f"The job's credentials were erased when it ended; send them again, in {' and '.join(missing)}."
+        )
+    if not await context.plane.broker.replay(job_id, secret=credentials.sealed(context.plane.vault, job_id)):
         raise errors.StateConflict("Only a failed job that ran out of attempts can be replayed.")
-    return json_response(await job_view(context, await job_of(context, caller, job_id)))
+    return json_response(await job_view(context, await job_of(context, caller, job_id), caller.id))
 
 
 @router.get(
@@ -99,8 +111,15 @@ async def job_events(job_id: str, request: Request, context: Ctx, caller: Caller
     """Server-sent events: `progress` as the job goes on, `done` when it has ended; `Last-Event-ID` resumes."""
     await job_of(context, caller, job_id)
     streams = context.streams
-    if streams.taken.total() >= streams.total or streams.taken[caller.id] >= streams.per_key:
-        raise errors.QuotaExceeded("Too many event streams are open; close one or poll the job.", retry_after=5)
+    if not streams.allows(caller.id):
+        own, most = streams.taken[caller.id], streams.per_key
+        raise errors.QuotaExceeded(
+            f"This key has {own} event streams open and the limits are {most} for a key and {streams.total} in all: "
+            "close one, or poll the job.",
+            retry_after=5,
+            estimate=own + 1,
+            limit=most,
+        )
     return StreamingResponse(
         _events(context, caller, job_id, _after(request.headers.get("last-event-id", ""))),
         media_type="text/event-stream",
@@ -125,7 +144,8 @@ async def _events(context: Context, caller: ApiKey, job_id: str, after: str) -> 
                 try:
                     found = await context.plane.broker.events(job_id, after)
                     record = await job_of(context, caller, job_id)
-                    data = orjson.dumps(await job_view(context, record)) if found or record.ended else b""
+                    shown = found or record.ended
+                    data = orjson.dumps(await job_view(context, record, caller.id)) if shown else b""
                 except errors.ProblemError:  # expired meanwhile, or Redis is silent: the client comes back and is told
                     return
                 now = asyncio.get_running_loop().time()

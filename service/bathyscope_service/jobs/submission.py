@@ -10,16 +10,23 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import orjson
+import structlog
 from fastapi import Request
 from starlette.responses import Response
 
-from bathyscope.errors import InvalidRequest, NotBuilt, ProblemError, Unavailable
+from bathyscope.errors import InvalidRequest, OutOfSpace, ProblemError, Unavailable
 from bathyscope.types import Priority, WorkRequest
 from bathyscope_backplane.broker import Idempotency, JobRecord, NewJob
 from bathyscope_backplane.ids import new_id
 from bathyscope_backplane.keys import ApiKey
+from bathyscope_backplane.tracing import current
+from bathyscope_service.auditing import concerns
 from bathyscope_service.context import Context
+from bathyscope_service.credentials import credentials_of
 from bathyscope_service.jobs.views import accepted_view, job_of, job_view, json_response, timing_headers
+from bathyscope_service.webhooks.targets import check_target
+
+_log = structlog.get_logger(__name__)
 
 MAX_WAIT_SECONDS = 60
 _WAIT = re.compile(r"(?:^|[,;\s])wait\s*=\s*\"?0*([0-9]{1,200})\"?(?:$|[,;\s])", re.IGNORECASE)
@@ -42,17 +49,44 @@ class Work:
 
     resource_id: str | None = None
     priority: Priority = "normal"
+    webhook: str | None = None
+    """From `webhook_of`."""
+
     parents: tuple[str, ...] = ()
+    inputs: int = 0
+    """Inputs that count towards the key's day."""
+
+    bytes: int = 0
+    """Estimated size of the result; 0 while unknown or small."""
+
     part: str = ""
     """Tells jobs of one request apart for the idempotency key."""
 
 
 async def submit(context: Context, request: Request, caller: ApiKey, work: Work) -> tuple[str, bool]:
     """Queue a job; its id, and whether an earlier request with the same Idempotency-Key made it."""
+    rows = len(work.rows) if work.rows is not None else None
+    with current.get().child("submit", kind=work.kind, lane=work.lane, key=caller.id, rows=rows) as span:
+        job_id, replayed = await _submit(context, request, caller, work, span.carrier)
+        span.set(job=job_id, replayed=replayed)
+    if not replayed:
+        _log.info("job.queued", job=job_id, attempt=0, lane=work.lane, key=caller.id, worker=None, kind=work.kind)
+    return job_id, replayed
+
+
+async def _submit(
+    context: Context, request: Request, caller: ApiKey, work: Work, trace: str | None
+) -> tuple[str, bool]:
     plane = context.plane
+    await plane.space.require()
     job_id = new_id("job")
+    credentials = credentials_of(request)
+    quota = caller.quota
+    stored = await plane.catalogue.bytes_stored(caller.id) if quota.max_bytes is not None else 0
     idempotency = _idempotency(request, caller, work.part)
     payload: dict[str, Any] = {"spec": work.spec}
+    if quota.max_bytes is not None:  # where the size was not known here, the worker holds it
+        payload["most_bytes"] = max(0, quota.max_bytes - stored)
     rows_key: str | None = None
     if work.rows is not None:
         lines = await context.apart(request.state.body_bytes, _lines, work.rows)
@@ -73,11 +107,26 @@ async def submit(context: Context, request: Request, caller: ApiKey, work: Work)
                 request=orjson.dumps(work.request).decode(),
                 resource_id=work.resource_id,
                 priority=work.priority,
+                webhook=work.webhook,
                 max_attempts=plane.settings.jobs.max_attempts,
                 parents=work.parents,
                 idempotency=idempotency,
+                secret=credentials.sealed(plane.vault, job_id),
+                credentials=credentials.names,
+                owner_limit=open_jobs_limit(context, caller),
+                inputs=work.inputs,
+                inputs_limit=quota.max_inputs_per_day,
+                bytes=work.bytes,
+                bytes_limit=quota.max_bytes,
+                bytes_stored=stored,
+                trace=trace,
             )
         )
+    except OutOfSpace:
+        with contextlib.suppress(Unavailable):
+            if not await plane.broker.knows(job_id):
+                await _drop(context, rows_key)
+        raise
     except Unavailable:
         raise  # whether the job is queued is not known: its rows stay, and the sweep takes those of no job
     except ProblemError:
@@ -85,7 +134,14 @@ async def submit(context: Context, request: Request, caller: ApiKey, work: Work)
         raise
     if submitted.replayed:
         await _drop(context, rows_key)
+    concerns(request, submitted.id, work.resource_id, *(work.spec.get(name) for name in ("extraction", "probe")))
     return submitted.id, submitted.replayed
+
+
+def open_jobs_limit(context: Context, caller: ApiKey) -> int:
+    """Jobs that a key may have queued and running at a time."""
+    most, own = context.plane.settings.limits.key_jobs, caller.quota.max_jobs
+    return most if own is None else min(most, own)
 
 
 def _lines(rows: list[Any]) -> bytes:
@@ -110,10 +166,10 @@ async def answer(
     if replayed:
         headers["Idempotent-Replayed"] = "true"
     try:
-        record = await wait_for(context, caller, job_id, wanted_wait(request))
+        record = await wait_for(context, request, caller, job_id)
         return await job_answer(context, request, record, dict(headers), unfinished=202)
     except Unavailable:
-        accepted = accepted_view(job_id, work.kind, work.priority, work.request)
+        accepted = accepted_view(job_id, work.kind, work.priority, work.request, work.webhook)
         return json_response(accepted, 202, {**headers, "Retry-After": "5"})
 
 
@@ -127,11 +183,13 @@ async def job_answer(
         headers["Retry-After"] = "1"
     else:
         headers |= timing_headers(record.timings)
-    return json_response(await job_view(context, record), 200 if record.ended else unfinished, headers)
+    caller: ApiKey = request.state.caller
+    return json_response(await job_view(context, record, caller.id), 200 if record.ended else unfinished, headers)
 
 
-async def wait_for(context: Context, caller: ApiKey, job_id: str, seconds: int) -> JobRecord:
-    """The job when it has ended, or as it is after so many seconds or when no place to wait is free."""
+async def wait_for(context: Context, request: Request, caller: ApiKey, job_id: str) -> JobRecord:
+    """The job when it has ended, or as it is after the seconds of `Prefer` or when no place to wait is free."""
+    seconds = wanted_wait(request)
     if not seconds:
         return await job_of(context, caller, job_id)
     with context.waiting.take(caller.id) as place:
@@ -142,7 +200,7 @@ async def wait_for(context: Context, caller: ApiKey, job_id: str, seconds: int) 
             while True:
                 record = await job_of(context, caller, job_id)
                 left = deadline - asyncio.get_running_loop().time()
-                if record.ended or left <= 0 or context.draining:
+                if record.ended or left <= 0 or context.draining or await request.is_disconnected():
                     return record
                 await waiter.wait(min(left, 5.0))
 
@@ -153,10 +211,11 @@ def wanted_wait(request: Request) -> int:
     return min(int(found[1]), MAX_WAIT_SECONDS) if found else 0  # 200 digits are nothing to `int`
 
 
-def refuse_webhook(body: WorkRequest) -> None:
-    """Webhooks are not offered by this version."""
-    if body.webhook is not None:
-        raise NotBuilt("Webhooks are not offered by this version; poll the job or listen to its events.")
+def webhook_of(context: Context, body: WorkRequest) -> str | None:
+    """The webhook of a request, in normal spelling. Raises `InvalidRequest` for one that is not sent to."""
+    if body.webhook is None:
+        return None
+    return check_target(body.webhook, allow_private=context.plane.settings.webhooks.allow_private).url
 
 
 def _idempotency(request: Request, caller: ApiKey, part: str) -> Idempotency | None:

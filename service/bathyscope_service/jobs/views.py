@@ -13,6 +13,7 @@ from bathyscope_backplane.ids import is_id, made_ms
 from bathyscope_backplane.keys import ApiKey
 from bathyscope_backplane.times import rfc3339
 from bathyscope_service.context import Context
+from bathyscope_service.webhooks.targets import parse
 
 
 async def job_of(context: Context, caller: ApiKey, job_id: str) -> JobRecord:
@@ -27,12 +28,13 @@ async def job_of(context: Context, caller: ApiKey, job_id: str) -> JobRecord:
             raise Expired(f"The job {job_id} has expired; make it anew.")
         raise missing
     if not caller.admin and record.owner != caller.id:
+        await context.plane.broker.tombstone(job_id)  # asked as for a missing one: the time taken tells nothing
         raise missing
     return record
 
 
-async def job_view(context: Context, record: JobRecord) -> dict[str, Any]:
-    """The wire form of a job."""
+async def job_view(context: Context, record: JobRecord, viewer: str) -> dict[str, Any]:
+    """The wire form of a job, for the key of that id."""
     position = await context.plane.broker.position(record.id) if record.status == "queued" else None
     progress = record.progress
     error = {**record.error, "instance": f"/v1/jobs/{record.id}"} if record.error and record.ended else None
@@ -58,11 +60,29 @@ async def job_view(context: Context, record: JobRecord) -> dict[str, Any]:
         "error": error,
         "timings": record.timings,
         "request": record.request,
-        "webhook": None,
+        "webhook": _webhook_view(record, viewer),
     }
 
 
-def accepted_view(job_id: str, kind: str, priority: str, request: dict[str, Any]) -> dict[str, Any]:
+def _webhook_view(record: JobRecord, viewer: str) -> dict[str, Any] | None:
+    webhook = record.webhook
+    if webhook is None:
+        return None
+    return {
+        # Path and query may hold a secret of the owner's, which is no business even of an admin.
+        "url": webhook.url if viewer == record.owner else parse(webhook.url).origin,
+        "state": webhook.state,
+        "attempts": webhook.attempts,
+        "last_status": webhook.last_status,
+        "detail": webhook.detail,
+        "delivered_at": rfc3339(webhook.delivered_at),
+        "next_attempt_at": rfc3339(webhook.next_attempt_at),
+    }
+
+
+def accepted_view(
+    job_id: str, kind: str, priority: str, request: dict[str, Any], webhook: str | None
+) -> dict[str, Any]:
     """The wire form of a job of which nothing is known but that it was queued, while Redis does not answer."""
     return {
         "id": job_id,
@@ -75,7 +95,7 @@ def accepted_view(job_id: str, kind: str, priority: str, request: dict[str, Any]
         "error": None,
         "timings": {},
         "request": request,
-        "webhook": None,
+        "webhook": webhook and {"url": webhook, "state": "waiting", "attempts": 0},
     }
 
 

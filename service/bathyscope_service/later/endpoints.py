@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from fastapi import APIRouter
 
 from bathyscope import errors
@@ -42,6 +44,12 @@ def _add(path: str, method: str) -> None:
         summary="Not offered by this version",
         status_code=501,
         responses=responses(errors.NotBuilt),
+        openapi_extra={
+            "parameters": [
+                {"name": parameter, "in": "path", "required": True, "schema": {"type": "string"}}
+                for parameter in re.findall(r"\{(\w+)\}", path)
+            ]
+        },
     )
 
 

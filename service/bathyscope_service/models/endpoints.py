@@ -17,7 +17,7 @@ from bathyscope_service.bodies import describes, json_body
 from bathyscope_service.context import Caller, Context, Ctx
 from bathyscope_service.extractions.checks import lane_of, model_entry
 from bathyscope_service.guards import require_admin
-from bathyscope_service.jobs.submission import Work, answer, refuse_webhook, submit
+from bathyscope_service.jobs.submission import Work, answer, submit, webhook_of
 from bathyscope_service.jobs.views import json_response
 from bathyscope_service.problems import responses
 
@@ -34,6 +34,7 @@ _JOB_RESPONSES: dict[int | str, dict[str, Any]] = {
         errors.InvalidRequest,
         errors.IdempotencyMismatch,
         errors.LaneFull,
+        errors.QuotaExceeded,
         errors.NotBuilt,
     ),
 }
@@ -118,7 +119,7 @@ async def _residency_job(
     caller: ApiKey,
     body: LoadRequest,
 ) -> Response:
-    refuse_webhook(body)
+    webhook = webhook_of(context, body)
     try:
         entry = await model_entry(context, name, body.quantization)
     except errors.ModelUnknown as error:
@@ -129,8 +130,9 @@ async def _residency_job(
         kind="model",
         lane=lane_of(entry, options),
         spec={"action": action, **body.model_dump(exclude={"priority", "webhook"}), "model": name},
-        request={"action": action, "model": name, **body.model_dump(exclude_defaults=True)},
+        request={"action": action, "model": name, **body.model_dump(exclude={"webhook"}, exclude_defaults=True)},
         priority=body.priority,
+        webhook=webhook,
     )
     job_id, replayed = await submit(context, request, caller, work)
     return await answer(context, request, caller, work, job_id, replayed)

@@ -11,10 +11,10 @@ from starlette.responses import Response
 
 from bathyscope import errors
 from bathyscope.types import Job, Page, Prediction, PredictRequest, Probe, ProbeRequest
+from bathyscope_backplane.artifacts._store import CHUNK_BYTES
 from bathyscope_service.bodies import describes, json_body
-from bathyscope_service.context import Caller, Ctx
+from bathyscope_service.context import Caller, Ctx, Held
 from bathyscope_service.jobs.submission import answer, submit
-from bathyscope_service.jobs.views import json_response
 from bathyscope_service.probes.work import drop_parent, prediction_work, probe_work
 from bathyscope_service.problems import responses
 from bathyscope_service.resources import (
@@ -49,6 +49,9 @@ _SUBMIT_RESPONSES: dict[int | str, dict[str, Any]] = {
     200: {"model": Job, "description": "The finished job, with `Prefer: wait=N`."},
     **responses(*_SUBMIT_PROBLEMS),
 }
+_PARSED_TIMES = 6
+"""Bytes of memory for a byte of a prediction's numbers, parsed and written again."""
+
 _READ_RESPONSES = responses(errors.NotFound, errors.Expired, errors.InvalidRequest)
 
 _EXAMPLE = {
@@ -126,7 +129,7 @@ async def delete_probe(probe_id: str, context: Ctx, caller: Caller) -> Response:
         **_READ_RESPONSES,
     },
 )
-async def get_weights(probe_id: str, context: Ctx, caller: Caller) -> Response:
+async def get_weights(probe_id: str, context: Ctx, caller: Caller, memory: Held) -> Response:
     """The probe as safetensors: weights, intercept, scaling, and its identity in the metadata."""
     resource = await resource_of(context, caller, "probe", probe_id)
     blob = resource.blobs["weights"]
@@ -136,6 +139,7 @@ async def get_weights(probe_id: str, context: Ctx, caller: Caller) -> Response:
         "Content-Length": str(blob.bytes),
         "Content-Disposition": f'attachment; filename="{probe_id}.safetensors"',
     }
+    memory.hold(min(blob.bytes, 2 * CHUNK_BYTES))
     with may_be_deleted(resource):
         stream = await begun(context.plane.store.stream(blob.key, 0, blob.bytes))
     return StreamingResponse(stream, headers=headers, media_type="application/vnd.safetensors")
@@ -185,13 +189,20 @@ async def list_predictions(
     response_model=Prediction,
     responses=_READ_RESPONSES,
 )
-async def get_prediction(prediction_id: str, context: Ctx, caller: Caller) -> Response:
+async def get_prediction(prediction_id: str, context: Ctx, caller: Caller, memory: Held) -> Response:
     """Probabilities, one row an input and one column a class."""
     resource = await resource_of(context, caller, "prediction", prediction_id)
-    numbers = await context.plane.store.get(resource.blobs["prediction"].key)
+    blob = resource.blobs["prediction"]
+    memory.hold(_PARSED_TIMES * blob.bytes)
+    numbers = await context.plane.store.get(blob.key)
     if numbers is None:
-        raise errors.NotFound(f"There is no prediction {prediction_id!r}.")
-    return json_response({**resource.body, **orjson.loads(numbers)}, headers=result_headers(resource))
+        raise errors.NotFound(f"The prediction {prediction_id} was deleted.")
+    content = await context.apart(blob.bytes, _with_numbers, resource.body, numbers)
+    return Response(content, headers=result_headers(resource), media_type="application/json")
+
+
+def _with_numbers(body: dict[str, Any], numbers: bytes) -> bytes:
+    return orjson.dumps({**body, **orjson.loads(numbers)})
 
 
 @router.delete(

@@ -24,7 +24,7 @@ from bathyscope_backplane.keys import ApiKey
 from bathyscope_service.context import Context
 from bathyscope_service.extractions.checks import check, lane_of, model_entry, refuse_prompts, resolve_layers, wire_rows
 from bathyscope_service.extractions.endpoints import extraction_work
-from bathyscope_service.jobs.submission import Work, refuse_webhook, submit
+from bathyscope_service.jobs.submission import Work, submit, webhook_of
 from bathyscope_service.jobs.views import job_of
 from bathyscope_service.problems import pointing
 from bathyscope_service.resources import resource_of
@@ -37,11 +37,12 @@ async def probe_work(context: Context, request: Request, caller: ApiKey, body: P
 
     `extraction` may be an `ext_…` that exists, or the `job_…` of one in the making.
     """
-    refuse_webhook(body)
     _refuse_unbuilt(body)
+    webhook = webhook_of(context, body)
     labels = body.labels if isinstance(body.labels, list) else []
     parents: tuple[str, ...] = ()
     made_here: str | None = None
+    charged = 0
     rows: int | None
     if body.data is not None:
         with pointing("/data"):
@@ -52,6 +53,7 @@ async def probe_work(context: Context, request: Request, caller: ApiKey, body: P
         _check_lengths(body, rows)
         _check_layers(body, *await _layers_of(context, body.data.model, body.data.layers))
         data.priority = body.priority
+        charged, data.inputs = data.inputs, 0  # with the probe's own job, which may still be refused
         parent, extraction_id, replayed = await _submit_parent(context, request, caller, data)
         parents, made_here = (parent,), None if replayed else parent
     elif body.extraction is not None and body.extraction.startswith("job_"):
@@ -86,13 +88,15 @@ async def probe_work(context: Context, request: Request, caller: ApiKey, body: P
             spec={**spec, "extraction": extraction_id},
             rows=[list(row) for row in zip(labels, groups, split, strict=True)],
             request={
-                **body.model_dump(exclude={"labels", "groups", "split", "data"}, exclude_defaults=True),
+                **body.model_dump(exclude={"labels", "groups", "split", "data", "webhook"}, exclude_defaults=True),
                 "extraction": extraction_id,
                 "labels": len(labels),
             },
             resource_id=new_id("prb"),
             priority=body.priority,
+            webhook=webhook,
             parents=parents,
+            inputs=charged,
         ),
         made_here,
     )
@@ -190,12 +194,12 @@ async def prediction_work(context: Context, caller: ApiKey, probe: Resource, bod
     """The job of a prediction, asked for in a body of `size` bytes.
 
     Raises `IdentityMismatch` unless the states are the probe's own or `transfer` is set."""
-    refuse_webhook(body)
+    webhook = webhook_of(context, body)
     if body.per_token or body.also:
         raise NotBuilt("per_token and also are part of the contract and not offered by this version.")
     identity = Identity.model_validate(probe.body["identity"])
     spec: dict[str, Any] = {"probe": probe.id, "layer": probe.body["layer"], "transfer": False}
-    summary = body.model_dump(exclude={"inputs"}, exclude_defaults=True)
+    summary = body.model_dump(exclude={"inputs", "webhook"}, exclude_defaults=True)
     if body.inputs is None:
         resource = await resource_of(context, caller, "extraction", body.extraction or "")
         spec |= {"extraction": resource.id, "transfer": _compare(probe, identity, resource, transfer=body.transfer)}
@@ -206,6 +210,7 @@ async def prediction_work(context: Context, caller: ApiKey, probe: Resource, bod
             request={**summary, "probe": probe.id, "extraction": resource.id},
             resource_id=new_id("prd"),
             priority=body.priority,
+            webhook=webhook,
         )
     options = ExtractionOptions(
         model=identity.model,
@@ -230,6 +235,8 @@ async def prediction_work(context: Context, caller: ApiKey, probe: Resource, bod
         request={**summary, "probe": probe.id, "inputs": len(body.inputs)},
         resource_id=new_id("prd"),
         priority=body.priority,
+        webhook=webhook,
+        inputs=len(body.inputs),
     )
 
 

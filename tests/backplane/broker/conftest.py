@@ -6,6 +6,7 @@ import itertools
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 from redis.asyncio import Redis
@@ -120,12 +121,38 @@ async def _audit(redis: Redis, prefix: str) -> None:
         if not ready:
             assert not await redis.hexists(prefix + "aged", lane)
 
+    # Webhooks: the jobs that ended and are yet to be told of, by owner and host, with nothing due before its folder.
+    untold = {id: job for id, job in jobs.items() if job.get("hook_state") == "pending"}
+    folders: dict[str, dict[str, float]] = {}
+    for key in {f"hooks:{job['owner']}|{urlsplit(job['webhook']).hostname or ''}" for job in untold.values()}:
+        owner, _, host = key.removeprefix("hooks:").partition("|")
+        queue = await ranked(key)
+        assert set(queue) == {
+            id for id, job in untold.items() if job["owner"] == owner and urlsplit(job["webhook"]).hostname == host
+        }
+        folders.setdefault(f"hooks:{owner}", {})[host] = min(queue.values())
+        expected.add(key)
+    for key, heads in folders.items():
+        ranks = await ranked(key)
+        assert set(ranks) == set(heads)
+        assert all(ranks[host] >= head for host, head in heads.items())
+        expected.add(key)
+    assert set(await ranked("hooks")) == {key.removeprefix("hooks:") for key in folders}
+    assert all("hook_state" not in job for job in jobs.values() if job["state"] != "ended")
+    expected.add("hooks")
+
     # Counters.
     queued = Counter(job["lane"] for job in jobs.values() if job["status"] == "queued")
     unfinished = Counter(job["owner"] for job in jobs.values() if job["state"] != "ended")
     statuses = Counter(job["status"] for job in jobs.values())
     for name, count in (("lane_load", queued), ("owner_load", unfinished), ("tally", statuses)):
         assert {field: int(value) for field, value in (await redis.hgetall(prefix + name)).items()} == dict(count)
+    promised: Counter[str] = Counter()
+    for job in jobs.values():
+        if job["state"] != "ended" and "bytes" in job:
+            promised[job["owner"]] += int(job["bytes"])
+    assert {field: int(value) for field, value in (await redis.hgetall(prefix + "owner_bytes")).items()} == promised
+    expected.add("owner_bytes")
     expected |= {"lane_load", "owner_load", "tally", "totals", "aged", "sequence"}
 
     # Parents know who waits for them, as long as they wait.
@@ -150,7 +177,7 @@ async def _audit(redis: Redis, prefix: str) -> None:
             assert tombstone_s == -2
 
     # Nothing else is left lying, and what is kept for a while goes by itself.
-    rest = {key for key in keys - expected if not key.startswith(("tomb:", "idem:", "taken:"))}
+    rest = {key for key in keys - expected if not key.startswith(("tomb:", "idem:", "taken:", "inputs:"))}
     assert rest == set()
     for key in keys - expected:
         assert await redis.ttl(prefix + key) > 0

@@ -8,13 +8,22 @@ import signal
 import socket
 import subprocess
 import time
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from datetime import UTC, datetime, timedelta
+from ipaddress import IPv4Address
 
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
 from redis.asyncio import Redis, RedisCluster
 
-from bathyscope.errors import SetupError, Unavailable
+from bathyscope.errors import OutOfSpace, SetupError, Unavailable
 from bathyscope_backplane.broker import Broker, BrokerLimits, connect
+from tests.backplane.conftest import SERVERS
+
+PEM = serialization.Encoding.PEM
 
 
 async def a_job_through(broker, new_job):
@@ -41,7 +50,7 @@ def program(*command: str, port: int):
                     break
             assert process.poll() is None
             time.sleep(0.01)
-        yield
+        yield process
     finally:
         process.kill()
         process.wait()
@@ -67,19 +76,131 @@ async def test_a_server_by_host_with_a_password(binary, tmp_path, new_job):
         await client.aclose()
 
 
+@pytest.fixture(scope="module")
+def authority(tmp_path_factory):
+    """A certificate authority of our own, and the options of a server with a certificate for 127.0.0.1 from it."""
+    folder = tmp_path_factory.mktemp("tls")
+    now = datetime.now(UTC)
+
+    def certify(name, key, issuer, signer, extension):
+        made = x509.CertificateBuilder(subject_name=name, issuer_name=issuer, public_key=key.public_key())
+        made = made.serial_number(x509.random_serial_number()).add_extension(extension, critical=False)
+        made = made.not_valid_before(now - timedelta(days=1)).not_valid_after(now + timedelta(days=1))
+        # What strict checks of Python 3.13 ask for.
+        made = made.add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
+        made = made.add_extension(
+            x509.AuthorityKeyIdentifier.from_issuer_public_key(signer.public_key()), critical=False
+        )
+        return made.sign(signer, hashes.SHA256())
+
+    def named(text):
+        return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, text)])
+
+    root_key, key = (ec.generate_private_key(ec.SECP256R1()) for _ in range(2))
+    root = named("authority")
+    files = {
+        "ca.pem": certify(root, root_key, root, root_key, x509.BasicConstraints(True, None)).public_bytes(PEM),
+        "server.pem": certify(
+            named("server"),
+            key,
+            root,
+            root_key,
+            x509.SubjectAlternativeName([x509.IPAddress(IPv4Address("127.0.0.1"))]),
+        ).public_bytes(PEM),
+        "server.key": key.private_bytes(PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()),
+    }
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    return folder
+
+
+@pytest.fixture
+def tls(authority):
+    """Options of a server, and the program: Debian's is built with TLS, the embedded one is not."""
+    if "redis" not in SERVERS:
+        pytest.skip("Debian's redis-server is not here")
+    options = {"tls-cert-file": "server.pem", "tls-key-file": "server.key", "tls-ca-cert-file": "ca.pem"}
+    words = [word for name, file in options.items() for word in (f"--{name}", str(authority / file))]
+    return SERVERS["redis"], [*words, "--tls-auth-clients", "no"], f"ssl_ca_certs={authority / 'ca.pem'}"
+
+
+async def test_a_server_with_tls(tls, tmp_path, new_job):
+    binary, options, trusted = tls
+    port = free_port()
+    with program(binary, "--port", "0", "--tls-port", str(port), "--dir", str(tmp_path), *options, port=port):
+        client = connect(f"rediss://127.0.0.1:{port}?{trusted}")
+        await a_job_through(Broker(client), new_job)
+        await client.aclose()
+        # Neither a stranger's certificate, nor that of another host, nor a connection without.
+        for url in (f"rediss://127.0.0.1:{port}", f"rediss://localhost:{port}?{trusted}", f"redis://127.0.0.1:{port}"):
+            client = connect(url, retries=0)
+            with pytest.raises(Unavailable):
+                await Broker(client).get("job_1")
+            await client.aclose()
+
+
+async def test_a_cluster_with_tls(tls, tmp_path, new_job, until):
+    binary, options, trusted = tls
+    port = free_port()
+    bus = ("--cluster-enabled", "yes", "--cluster-port", str(free_port()), "--tls-cluster", "yes")
+    with program(binary, "--port", "0", "--tls-port", str(port), "--dir", str(tmp_path), *bus, *options, port=port):
+        ca = trusted.partition("=")[2]
+        await cluster_of(until, Redis(port=port, host="127.0.0.1", ssl=True, ssl_ca_certs=ca))
+        client = connect(f"rediss+cluster://127.0.0.1:{port}?{trusted}")
+        await a_job_through(Broker(client), new_job)
+        await client.aclose()
+
+
+async def cluster_of(until, *nodes):
+    """Makes a cluster of some nodes; each gets its share of the slots."""
+    share = 16384 // len(nodes)
+    for number, node in enumerate(nodes):
+        last = 16383 if number == len(nodes) - 1 else (number + 1) * share - 1
+        await node.execute_command("CLUSTER", "ADDSLOTSRANGE", number * share, last)
+    for node in nodes[1:]:
+        at = nodes[0].connection_pool.connection_kwargs
+        info = await nodes[0].config_get("cluster-port")
+        await node.execute_command("CLUSTER", "MEET", "127.0.0.1", at["port"], next(iter(info.values())))
+    for node in nodes:
+
+        async def whole(node=node):
+            info = await node.execute_command("CLUSTER", "INFO")
+            return b"cluster_state:ok" in info and b"cluster_known_nodes:%d\r" % len(nodes) in info
+
+        await until(whole)
+        await node.aclose()
+
+
+async def test_a_cluster_of_three(binary, tmp_path, new_job, until):
+    ports = [free_port() for _ in range(3)]
+    with ExitStack() as stack:
+        for port in ports:
+            (folder := tmp_path / str(port)).mkdir()
+            bus = ("--cluster-enabled", "yes", "--cluster-port", str(free_port()))
+            stack.enter_context(program(binary, "--port", str(port), "--dir", str(folder), *bus, port=port))
+        await cluster_of(until, *(Redis(port=port) for port in ports))
+        # Whichever node a namespace falls to, and whichever node is asked first.
+        nodes = set()
+        for number, namespace in enumerate(["bathyscope", "a", "b", "c", "d", "e"]):
+            client = connect(f"redis+cluster://127.0.0.1:{ports[number % 3]}")
+            broker = Broker(client, namespace=namespace)
+            await a_job_through(broker, new_job)
+            job = new_job()
+            await broker.submit(job)
+            async with await broker.subscribe() as listener, listener.job(job.id) as waiter:
+                await broker.cancel(job.id)
+                assert await waiter.wait(30)
+            nodes.add(client.get_node_from_key(f"{{{namespace}}}:jobs").port)
+            await client.aclose()
+        assert nodes == set(ports)
+
+
 async def test_a_cluster(binary, tmp_path, new_job, until):
     """One node that holds all slots says of every key where it is, as a cluster does."""
     port = free_port()
     bus = ("--cluster-enabled", "yes", "--cluster-port", str(free_port()))
     with program(binary, "--port", str(port), "--dir", str(tmp_path), *bus, port=port):
-        plain = Redis(port=port)
-        await plain.execute_command("CLUSTER", "ADDSLOTSRANGE", 0, 16383)
-
-        async def whole():
-            return b"cluster_state:ok" in await plain.execute_command("CLUSTER", "INFO")
-
-        await until(whole)
-        await plain.aclose()
+        await cluster_of(until, Redis(port=port))
         client = connect(f"redis+cluster://127.0.0.1:{port},127.0.0.1:{free_port()}")
         assert isinstance(client, RedisCluster)
         broker = Broker(client)
@@ -100,6 +221,73 @@ async def test_sentinels(binary, tmp_path, new_job):
         program(binary, str(tmp_path / "sentinel.conf"), "--sentinel", port=guard),
     ):
         client = connect(f"redis+sentinel://127.0.0.1:{free_port()},127.0.0.1:{guard}/main/0")
+        await a_job_through(Broker(client), new_job)
+        await client.aclose()
+
+
+async def test_a_failover_loses_nothing_that_the_replica_has(binary, tmp_path, new_job, until):
+    first, second, guard = free_port(), free_port(), free_port()
+    for port in (first, second):
+        (tmp_path / str(port)).mkdir()
+    (tmp_path / "sentinel.conf").write_text(
+        f"port {guard}\nsentinel monitor main 127.0.0.1 {first} 1\n"
+        "sentinel down-after-milliseconds main 300\nsentinel failover-timeout main 2000\n"
+    )
+
+    def server(port, *words):
+        command = (binary, "--port", str(port), "--dir", str(tmp_path / str(port)), "--repl-diskless-sync-delay", "0")
+        return program(*command, *words, port=port)
+
+    with (
+        server(first) as master,
+        server(second, "--replicaof", f"127.0.0.1 {first}"),
+        program(binary, str(tmp_path / "sentinel.conf"), "--sentinel", port=guard),
+    ):
+        watcher = Redis(port=guard, decode_responses=True)
+
+        async def guarded():
+            known = await watcher.sentinel_slaves("main")
+            return bool(known) and known[0]["master-link-status"] == "ok"
+
+        await until(guarded)
+        client = connect(f"redis+sentinel://127.0.0.1:{guard}/main")
+        broker = Broker(client)
+        job = new_job(lane="kept")
+        await broker.submit(job)
+        await client.wait(1, 10_000)
+        async with await broker.subscribe() as listener, listener.bell() as bell:
+            os.kill(master.pid, signal.SIGKILL)
+
+            async def served():
+                try:
+                    taken = await broker.take("w", ["kept"], 1, lease_ms=30_000, engine_idle=True)
+                except Unavailable:
+                    return False
+                return [lease.job_id for lease in taken.leases] == [job.id]
+
+            await until(served)
+            await until(lambda: listener.connected)
+            while await bell.wait(0.2):
+                pass
+            await broker.submit(new_job())
+            assert await bell.wait(30)
+        await client.aclose()
+        await watcher.aclose()
+
+
+async def test_sentinels_with_tls(tls, tmp_path, new_job):
+    binary, options, trusted = tls
+    port, guard = free_port(), free_port()
+    lines = [" ".join(pair).removeprefix("--") for pair in zip(options[::2], options[1::2], strict=True)]
+    monitor = f"sentinel monitor main 127.0.0.1 {port} 1\n"
+    (tmp_path / "sentinel.conf").write_text(
+        "\n".join(["port 0", f"tls-port {guard}", "tls-replication yes", *lines, monitor])
+    )
+    with (
+        program(binary, "--port", "0", "--tls-port", str(port), "--dir", str(tmp_path), *options, port=port),
+        program(binary, str(tmp_path / "sentinel.conf"), "--sentinel", port=guard),
+    ):
+        client = connect(f"rediss+sentinel://127.0.0.1:{guard}/main?{trusted}")
         await a_job_through(Broker(client), new_job)
         await client.aclose()
 
@@ -197,7 +385,7 @@ async def test_a_full_server_refuses_new_jobs_and_still_ends_old_ones(own_client
         await broker.submit(new_job(max_attempts=1))
     await own_client.config_set("maxmemory", "1")
     for _ in range(3):
-        with pytest.raises(Unavailable, match="does not accept writes"):
+        with pytest.raises(OutOfSpace):
             await broker.submit(new_job())
     first, second, third = (await broker.take("w", ["cpu"], 3, lease_ms=30_000, engine_idle=True)).leases
     assert await broker.renew([first.ref], 30_000) == ["held"]

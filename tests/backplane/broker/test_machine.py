@@ -1,4 +1,5 @@
-"""Anything in any order: jobs, workers that die, late answers, clocks that jump; and still each job ends once.
+"""Anything in any order: jobs, workers that die, late answers, clocks that jump; and still each job ends once, and
+whoever wanted to be told of it is told once.
 
 Hypothesis draws the steps, a real server runs them, and a small model says who may hold what. After each example the
 queue is worked empty, and then everything is let expire: whatever is left in the server was lost there.
@@ -10,16 +11,27 @@ import asyncio
 import itertools
 import os
 from dataclasses import dataclass, field
+from functools import partial
 
 import hypothesis.strategies as st
 from hypothesis import HealthCheck, settings
-from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, rule, run_state_machine_as_test
+from hypothesis.stateful import (
+    Bundle,
+    RuleBasedStateMachine,
+    consumes,
+    initialize,
+    invariant,
+    rule,
+    run_state_machine_as_test,
+)
 
-from bathyscope_backplane.broker import ENDED, Broker, BrokerLimits, Lease, connect
+from bathyscope_backplane.broker import ENDED, Broker, BrokerLimits, HookQueue, Lease, connect
 
 LANES = ["cpu", "fetch", "model:m:none:auto"]
 OWNERS = ["key_a", "key_b", "key_c"]
+WORKERS = ["w1", "w2", "w3"]
 LEASE_MS = 10_000
+LEAST_STEPS = 2_000
 LIMITS = BrokerLimits(
     aging_ms=7_000,
     backoff_base_ms=3_000,
@@ -33,7 +45,15 @@ LIMITS = BrokerLimits(
     events_kept=20,
 )
 PROBLEM = {"type": "/problems/out-of-memory", "title": "Out of memory", "status": 500, "detail": "Too big."}
-DEEDS = ["finish", "retry", "final", "drain", "alone", "together", "stop", "progress", "mark", "renew"]
+RELEASES = {
+    "drain": "drain",
+    "elsewhere": "elsewhere",
+    "alone": "engine_died_alone",
+    "together": "engine_died_together",
+    "hung alone": "engine_hung_alone",
+    "hung together": "engine_hung_together",
+}
+DEEDS = ["finish", "retry", "final", "postpone", *RELEASES, "stop", "progress", "mark", "renew"]
 _namespaces = itertools.count(1)
 
 
@@ -44,11 +64,15 @@ class Model:
     holder: dict[str, str | None] = field(default_factory=dict)
     ended: dict[str, str] = field(default_factory=dict)
     deeds: dict[tuple[str, str], str] = field(default_factory=dict)
+    awaited: set[str] = field(default_factory=set)
+    told: set[str] = field(default_factory=set)
 
 
 class Machine(RuleBasedStateMachine):
     jobs = Bundle("jobs")
     leases = Bundle("leases")
+    steps = 0
+    """Taken by all examples together."""
 
     def __init__(self, url, audit, new_job):
         super().__init__()
@@ -57,14 +81,21 @@ class Machine(RuleBasedStateMachine):
         self.namespace = f"machine{next(_namespaces)}"
         self.redis = connect(url)
         self.broker = Broker(self.redis, namespace=self.namespace, limits=LIMITS)
+        self.hooks = HookQueue(self.broker)
         self.model = Model()
+        self.refs = {}
+        self.set_back = 0
 
     def run(self, awaitable):
         return self.runner.run(awaitable)
 
+    @invariant()
+    def count(self):
+        Machine.steps += 1
+
     @initialize(target=jobs)
     def first(self):
-        return self.submit(0, 0, "normal", 3, [])
+        return self.submit(0, 0, "normal", 3, [], True)
 
     @rule(
         target=jobs,
@@ -73,24 +104,34 @@ class Machine(RuleBasedStateMachine):
         priority=st.sampled_from(["high", "normal", "low"]),
         max_attempts=st.integers(1, 3),
         parents=st.lists(jobs, max_size=3),
+        hook=st.booleans(),
     )
-    def submit(self, lane, owner, priority, max_attempts, parents):
+    def submit(self, lane, owner, priority, max_attempts, parents, hook):
         job = self.new_job(
             lane=LANES[lane],
             owner=OWNERS[owner],
             priority=priority,
             max_attempts=max_attempts,
             parents=tuple(parents),
+            webhook=f"https://hooks{owner}.example/" if hook else None,
         )
         # Sent twice, as a connection that breaks would.
         assert self.run(self.broker.submit(job)) == self.run(self.broker.submit(job))
         self.model.holder[job.id] = None
+        if hook:
+            self.model.awaited.add(job.id)
         self.look([job.id])
         return job.id
 
-    @rule(target=leases, lanes=st.permutations(LANES), n=st.integers(1, 6), idle=st.booleans())
-    def take(self, lanes, n, idle):
-        taken = self.run(self.broker.take("w", lanes, n, lease_ms=LEASE_MS, engine_idle=idle))
+    @rule(
+        target=leases,
+        worker=st.sampled_from(WORKERS),
+        lanes=st.permutations(LANES),
+        n=st.integers(1, 6),
+        idle=st.booleans(),
+    )
+    def take(self, worker, lanes, n, idle):
+        taken = self.run(self.broker.take(worker, lanes, n, lease_ms=LEASE_MS, engine_idle=idle))
         self.took(taken, n, idle)
         return taken.leases
 
@@ -105,6 +146,7 @@ class Machine(RuleBasedStateMachine):
             assert lease.job_id not in self.model.ended
             assert 1 <= lease.attempt <= lease.max_attempts
             self.model.holder[lease.job_id] = lease.ref.token
+            self.refs[lease.job_id] = lease.ref
 
     @rule(batch=leases, at=st.integers(0, 5), deed=st.sampled_from(DEEDS))
     def work(self, batch, at, deed):
@@ -121,9 +163,8 @@ class Machine(RuleBasedStateMachine):
             "finish": lambda: broker.finish(ref, resource="/v1/x", timings={}),
             "retry": lambda: broker.fail(ref, PROBLEM, retry=True),
             "final": lambda: broker.fail(ref, PROBLEM, retry=False),
-            "drain": lambda: broker.release(ref, reason="drain"),
-            "alone": lambda: broker.release(ref, reason="engine_died_alone"),
-            "together": lambda: broker.release(ref, reason="engine_died_together"),
+            "postpone": lambda: broker.postpone(ref, PROBLEM),
+            **{name: partial(broker.release, ref, reason=reason) for name, reason in RELEASES.items()},
             "stop": lambda: broker.acknowledge_cancel(ref),
             "progress": lambda: broker.progress(ref, stage="s", done=1, total=None, unit="inputs"),
             "mark": lambda: broker.mark_alone(ref, True),
@@ -152,7 +193,7 @@ class Machine(RuleBasedStateMachine):
             assert after.status == "cancelled"
         elif deed == "final":
             assert after.status == "failed"
-        elif deed == "drain":
+        elif deed in {"drain", "elsewhere", "postpone"}:
             assert (after.status, after.attempt) == ("queued", lease.attempt - 1)
         else:
             assert after.status in {"queued", "failed"}
@@ -161,7 +202,7 @@ class Machine(RuleBasedStateMachine):
 
     @staticmethod
     def family(deed):
-        return {"final": "fail", "retry": "fail", "drain": "put", "alone": "put", "together": "put"}.get(deed, deed)
+        return "fail" if deed in {"final", "retry"} else "put" if deed in RELEASES else deed
 
     @rule(job=jobs)
     def cancel(self, job):
@@ -176,6 +217,7 @@ class Machine(RuleBasedStateMachine):
     @rule(ms=st.sampled_from([2_000, 6_000, 12_000, 40_000, 1_000_000, -3_000]))
     def jump(self, ms):
         self.broker.clock_skew_ms += ms
+        self.set_back += max(0, -ms)
 
     @rule()
     def reap(self):
@@ -187,6 +229,37 @@ class Machine(RuleBasedStateMachine):
             if not reaped.more:
                 break
         self.look(list(self.model.holder))
+
+    @rule(worker=st.sampled_from(WORKERS))
+    def die(self, worker):
+        """A worker dies; the others renew. Its jobs are taken back when their leases are over, and only its."""
+        held = {job: self.refs[job] for job, token in self.model.holder.items() if token is not None}
+        self.broker.clock_skew_ms += LEASE_MS + 1 + self.set_back
+        others = [ref for ref in held.values() if ref.worker != worker]
+        assert "lost" not in self.run(self.broker.renew(others, LEASE_MS))
+        lapsed = set()
+        while (reaped := self.run(self.broker.reap())).more or reaped.lapsed:
+            lapsed |= set(reaped.lapsed)
+        assert lapsed == {job for job, ref in held.items() if ref.worker == worker}
+        for job in lapsed:
+            self.model.holder[job] = None
+        self.look(list(self.model.holder))
+
+    @rule(how=st.sampled_from(["delivered", "failed", "retry", "put back", "lost"]))
+    def deliver(self, how):
+        """Somebody delivers a webhook, or dies with it."""
+        hook = self.run(self.hooks.claim(5_000))
+        if hook is None:
+            return
+        assert hook.job_id in self.model.awaited
+        assert self.model.ended.get(hook.job_id) in ENDED, "told of a job that has not ended"
+        assert hook.delivery_id not in self.model.told, "told twice"
+        if how in {"delivered", "failed"}:
+            assert self.run(self.hooks.settle(hook, how))
+            assert not self.run(self.hooks.settle(hook, how))
+            self.model.told.add(hook.delivery_id)
+        elif how != "lost":
+            assert self.run(self.hooks.retry(hook, 4_000) if how == "retry" else self.hooks.put_back(hook))
 
     @rule(job=jobs)
     def replay(self, job):
@@ -232,7 +305,7 @@ class Machine(RuleBasedStateMachine):
             self.broker.clock_skew_ms += 15_000
             for job in (await self.broker.reap()).lapsed:
                 self.model.holder[job] = None
-            taken = await self.broker.take("w2", LANES, 8, lease_ms=LEASE_MS, engine_idle=True)
+            taken = await self.broker.take("another", LANES, 8, lease_ms=LEASE_MS, engine_idle=True)
             self.took(taken, 8, True)
             for lease in taken.leases:
                 assert await self.broker.finish(lease.ref, resource=None, timings={})
@@ -244,6 +317,15 @@ class Machine(RuleBasedStateMachine):
         for id in self.model.holder:
             record = await self.broker.get(id)
             assert record.status in ENDED if record else await self.broker.tombstone(id)
+            self.model.ended[id] = record.status if record else "gone"
+        # Claims of those who died with them lapse, pauses end, and every hook is told.
+        self.broker.clock_skew_ms += 10_000
+        while hook := await self.hooks.claim(5_000):
+            assert hook.delivery_id not in self.model.told
+            self.model.told.add(hook.delivery_id)
+            assert await self.hooks.settle(hook, "delivered")
+        told = {delivery.rpartition(".")[0] for delivery in self.model.told}
+        assert {id for id in self.model.awaited if self.model.ended[id] != "gone"} <= told
         await self.audit(self.redis, prefix)
         # And when their time is over nothing is left of them.
         self.broker.clock_skew_ms += LIMITS.result_ttl_ms + 1_000
@@ -256,12 +338,14 @@ class Machine(RuleBasedStateMachine):
 
 def test_every_job_ends_once(server, audit, new_job):
     """More steps: BATHYSCOPE_TEST_EXAMPLES=2000."""
+    before = Machine.steps
     run_state_machine_as_test(
         lambda: Machine(server.url, audit, new_job),
         settings=settings(
-            max_examples=int(os.environ.get("BATHYSCOPE_TEST_EXAMPLES", "60")),
+            max_examples=int(os.environ.get("BATHYSCOPE_TEST_EXAMPLES", "90")),
             stateful_step_count=40,
             deadline=None,
             suppress_health_check=list(HealthCheck),
         ),
     )
+    assert Machine.steps - before >= LEAST_STEPS

@@ -24,8 +24,10 @@ async def test_the_record_says_what_was_submitted(broker, new_job):
     assert await broker.submit(job) == Submitted(job.id, replayed=False)
     record = await broker.get(job.id)
     assert record is not None
-    for name in ("id", "kind", "lane", "owner", "priority", "resource_id", "max_attempts", "webhook", "parents"):
+    for name in ("id", "kind", "lane", "owner", "priority", "resource_id", "max_attempts", "parents"):
         assert getattr(record, name) == getattr(job, name)
+    assert record.webhook is not None
+    assert (record.webhook.url, record.webhook.state) == (job.webhook, "waiting")
     assert record.request == {"inputs": 3, "text": "Ça va, 世界 🌍"}
     assert (record.status, record.state, record.attempt) == ("queued", "ready", 0)
     assert not record.ended

@@ -31,9 +31,9 @@ def test_written_in_place(tmp_path: Path) -> None:
     assert (path.stat().st_mode & 0o777) == 0o600
 
 
-def test_a_full_disk_is_an_error_and_leaves_nothing(tmp_path: Path) -> None:
+def test_what_no_disk_holds_is_an_error_and_leaves_nothing(tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
-    with pytest.raises(errors.Unavailable, match="no room"):
+    with pytest.raises(errors.TooLarge, match="281,474,976,710,784 bytes"):
         ScratchFile(path, {"states": ("float32", (1 << 46,))}, {})
     assert not path.exists()
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import os
 import socket
 import sys
 
+import structlog
+
+from bathyscope_backplane import logs
 from bathyscope_workers.engine.process import die_with_parent, ignore_interrupts
 from bathyscope_workers.engine.protocol import EXIT_DEVICE_FAULT
 
-log = logging.getLogger("bathyscope_workers.engine")
+_log = structlog.get_logger(__name__)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -19,9 +21,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     die_with_parent()
     ignore_interrupts()
-    logging.basicConfig(
-        stream=sys.stderr, level=options.log_level.upper(), format="%(levelname)s %(name)s: %(message)s"
-    )
+    logs.configure(options.log_level, process=f"{options.kind}-engine", worker=options.worker)
     # Read when the libraries are first imported, below. Threads that spin at every barrier make a busy machine
     # five times slower (measured: eight runnable processes on two cores), and an idle one hardly faster.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -41,6 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     from bathyscope_workers.engine.model_engine import DeviceFault, ModelEngine, ModelEngineSettings
 
+    logs.take_over()  # what these libraries set up when they were imported
     if options.threads:
         torch.set_num_threads(options.threads)
     settings = ModelEngineSettings(
@@ -52,7 +53,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         ModelEngine(channel, settings).run()
     except DeviceFault:
-        log.exception("the device is lost")
+        _log.exception("device.lost")
         os._exit(EXIT_DEVICE_FAULT)
     return 0
 
@@ -66,6 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--threads", type=int, help="CPU threads of torch (all cores)")
     parser.add_argument("--cpu", action="store_true", help="compute on the CPU although there is a GPU")
     parser.add_argument("--template-seconds", type=float, default=5.0, help="deadline of one chat template")
+    parser.add_argument("--worker", help="name of the worker, for the log")
     parser.add_argument("--log-level", default="info", choices=("debug", "info", "warning", "error"))
     return parser
 

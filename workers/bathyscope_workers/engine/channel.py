@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import logging
 import queue
 import socket
 import threading
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import structlog
+
 from bathyscope_workers.engine.protocol import Event, FrameError, encode, receive
 
-log = logging.getLogger(__name__)
+_log = structlog.get_logger(__name__)
 
 
 class Channel:
@@ -48,14 +49,14 @@ class Channel:
             with self._write_lock:
                 self._socket.sendall(frame)
         except (BrokenPipeError, ConnectionResetError, OSError):
-            log.debug("the supervisor is gone")
+            _log.debug("pipe.closed")
 
     def close(self) -> None:
         """Close this end."""
         try:
             self._socket.shutdown(socket.SHUT_RDWR)
         except OSError:
-            log.debug("closed by the other end already")
+            _log.debug("pipe.closed")
         self._socket.close()
 
     def _read(self) -> None:
@@ -63,6 +64,6 @@ class Channel:
             for command in receive(self._socket):
                 self._commands.put(command)
         except (OSError, FrameError) as error:
-            log.warning("the pipe to the supervisor broke: %s", error)
+            _log.warning("pipe.broken", error=str(error)[:200])
         self._commands.put(None)
         self._on_close()

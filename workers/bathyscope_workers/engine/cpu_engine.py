@@ -6,19 +6,23 @@ a kind of job does is its handler's matter (`handlers`).
 
 from __future__ import annotations
 
-import logging
 import os
 import time
 from collections.abc import Mapping
 from typing import Any
 
+import structlog
+from structlog.contextvars import bound_contextvars
+
 from bathyscope import errors
+from bathyscope_workers.disk import out_of_space
 from bathyscope_workers.engine import handlers
+from bathyscope_workers.engine.account import Stages
 from bathyscope_workers.engine.channel import Channel
 from bathyscope_workers.engine.protocol import RunJob
 from bathyscope_workers.models.versions import versions
 
-log = logging.getLogger(__name__)
+_log = structlog.get_logger(__name__)
 
 _PROGRESS_SECONDS = 0.5
 _BEAT_SECONDS = 0.2
@@ -80,11 +84,15 @@ class CpuEngine:
             case "shutdown":
                 self._stopping = True
             case other:
-                log.warning("a command that this kind of engine does not know was ignored: %r", other)
+                _log.warning("command.unknown", op=str(other)[:40])
 
     def _run_next(self) -> None:
-        identifier = next(iter(self._waiting))
-        job, received = self._waiting.pop(identifier)
+        job, received = self._waiting.pop(next(iter(self._waiting)))
+        with bound_contextvars(**job.names):
+            self._run(job, received)
+
+    def _run(self, job: RunJob, received: float) -> None:
+        identifier, stages = job.id, Stages()
         self._current, self._stop_current = identifier, False
         self._last_progress = started = time.monotonic()
         self._channel.send({"ev": "running", "ids": [identifier]})
@@ -94,23 +102,27 @@ class CpuEngine:
             handler = handlers.resolve(self._registry, job.kind)
             if handler is None:
                 raise errors.InternalError(f"this worker has no handler for jobs of kind {job.kind}")
-            result = handler(job, context)
+            with stages.during("compute"):
+                result = handler(job, context)
         except handlers.JobStopped:
             event = {"ev": "cancelled", "id": identifier}
         except errors.ProblemError as error:
             retry = isinstance(error, errors.Unavailable)
             event = {"ev": "failed", "id": identifier, "problem": error.problem(), "retry": retry}
         except MemoryError:
+            _log.warning("job.out_of_memory", exc_info=True)
             problem = errors.OutOfMemory("the worker ran out of memory").problem()
             event = {"ev": "failed", "id": identifier, "problem": problem, "retry": False}
-        except Exception:
-            log.exception("job %s failed", identifier)
-            problem = errors.InternalError("the engine failed at this job; its log says where").problem()
-            event = {"ev": "failed", "id": identifier, "problem": problem, "retry": True}
+        except Exception as error:
+            _log.exception("job.failed")
+            fault = out_of_space(error) or errors.InternalError("the engine failed at this job; its log says where")
+            event = {"ev": "failed", "id": identifier, "problem": fault.problem(), "retry": True}
         else:
             now = time.monotonic()
             timings = {"load": 0.0, "tokenise": 0.0, "inference": now - started, "total": now - received}
             event = {"ev": "done", "id": identifier, "result": result, "timings": timings}
+        if event["ev"] in ("done", "failed"):
+            event["stages"] = stages.times
         if self._current == identifier:  # else it was dropped: no answer
             self._channel.send(event)
         self._current = None

@@ -7,15 +7,20 @@ pipe only when nothing is active.
 
 from __future__ import annotations
 
-import logging
+import contextlib
 import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import structlog
+from structlog.contextvars import bound_contextvars
+
 from bathyscope import errors
+from bathyscope_workers.disk import out_of_space
 from bathyscope_workers.engine import handlers
+from bathyscope_workers.engine.account import Batches
 from bathyscope_workers.engine.channel import Channel
 from bathyscope_workers.engine.protocol import RunJob
 from bathyscope_workers.engine.scheduler import Active, Row, Scheduler
@@ -31,7 +36,7 @@ from bathyscope_workers.models.source import LoadFault
 from bathyscope_workers.models.spec import ModelSpec
 from bathyscope_workers.models.versions import versions
 
-log = logging.getLogger(__name__)
+_log = structlog.get_logger(__name__)
 
 CPU_BATCH_TOKENS = 512
 """Small batches stay in the cache: 1024 were slower on CPU."""
@@ -83,6 +88,9 @@ class ModelEngine:
         self._unloads: set[str] = set()
         """Keys to unload once idle."""
         self._running: list[str] = []
+        self._batches = Batches()
+        self._evicted = False
+        """Whether the load at hand made another model go."""
         self._stopping = False
 
     # --- the loop ---
@@ -142,7 +150,7 @@ class ModelEngine:
             case "shutdown":
                 self._stopping = True
             case other:
-                log.warning("an unknown command was ignored: %r", other)
+                _log.warning("command.unknown", op=str(other)[:40])
 
     # --- residents ---
 
@@ -168,9 +176,18 @@ class ModelEngine:
         busy = {one.running.resident.key for one in self._jobs.values() if one.extraction is not None}
         before = self.residency.peek(spec.key)
         asked = spec.key
+        started, self._evicted = time.monotonic(), False
         resident = self.residency.get(spec, busy=busy)
         if resident is not None and (answer or resident is not before):
-            self._channel.send({"ev": "loaded", "key": resident.key, "asked": asked, "facts": resident.facts.to_wire()})
+            event: dict[str, Any] = {
+                "ev": "loaded",
+                "key": resident.key,
+                "asked": asked,
+                "facts": resident.facts.to_wire(),
+            }
+            if resident is not before:
+                event |= {"seconds": round(time.monotonic() - started, 6), "swapped": self._evicted}
+            self._channel.send(event)
             if resident.facts.has_chat_template:
                 self.renderer.warm()
         return resident
@@ -178,10 +195,9 @@ class ModelEngine:
     def _load_failed(self, asked: str, error: Exception) -> None:
         problem, retry = _problem_of(error)
         key = asked
-        try:
+        with contextlib.suppress(errors.ModelUnknown):  # it failed before it was described
             key = self.residency.spec(asked).key
-        except errors.ModelUnknown:
-            log.debug("failed before it was described")
+        _log.warning("model.load_failed", model=key, problem=problem["type"], retry=retry)
         self._channel.send({"ev": "load_failed", "key": key, "asked": asked, "problem": problem, "retry": retry})
 
     def _unload_idle(self) -> None:
@@ -202,31 +218,39 @@ class ModelEngine:
         """Give each new job its resident, in order of arrival; one that must wait for memory holds back the next."""
         for active in [one for one in self._jobs.values() if one.extraction is None]:
             started = time.monotonic()
-            try:
-                spec = self._spec_of(active.job)
-                resident = self._resident(spec)
-                if resident is None:
+            with bound_contextvars(**active.job.names):
+                if not self._start_job(active):
                     return
-                active.timings["load"] = time.monotonic() - active.received
-                active.started = active.last_progress = time.monotonic()
-                job = active.job
-                active.extraction = Extraction(
-                    ExtractionSpec.from_wire(job.spec),
-                    resident,
-                    inputs=job.inputs,
-                    inputs_path=job.inputs_path,
-                    scratch=job.scratch,
-                    renderer=self.renderer,
-                    max_result_bytes=job.extra.get("max_result_bytes"),
-                )
-            except LoadFault as fault:
-                self._load_failed(active.job.resident if isinstance(active.job.resident, str) else spec.key, fault)
-                self._fail(active, fault)
-            except Exception as error:
-                self._fail(active, error)
             if time.monotonic() - started > 1.0:
                 # A load took its time: the commands that came meanwhile go first.
                 return
+
+    def _start_job(self, active: Active) -> bool:
+        """False when its model must wait for memory."""
+        job = active.job
+        try:
+            spec = self._spec_of(job)
+            resident = self._resident(spec)
+            if resident is None:
+                return False
+            active.started = active.last_progress = time.monotonic()
+            active.timings["load"] = active.started - active.received
+            active.stages.note("load", active.arrived, time.time())
+            active.extraction = Extraction(
+                ExtractionSpec.from_wire(job.spec),
+                resident,
+                inputs=job.inputs,
+                inputs_path=job.inputs_path,
+                scratch=job.scratch,
+                renderer=self.renderer,
+                max_result_bytes=job.extra.get("max_result_bytes"),
+            )
+        except LoadFault as fault:
+            self._load_failed(job.resident if isinstance(job.resident, str) else spec.key, fault)
+            self._fail(active, fault)
+        except Exception as error:
+            self._fail(active, error)
+        return True
 
     def _spec_of(self, job: RunJob) -> ModelSpec:
         if isinstance(job.resident, dict):
@@ -248,11 +272,12 @@ class ModelEngine:
         """The next inputs of one job."""
         self._announce([active.job.id])
         started = active.last_served = time.monotonic()
-        try:
-            active.tokenised = active.running.tokenise_step()
-        except Exception as error:
-            self._fail(active, error)
-            return
+        with bound_contextvars(**active.job.names), active.stages.during("tokenise"):
+            try:
+                active.tokenised = active.running.tokenise_step()
+            except Exception as error:
+                self._fail(active, error)
+                return
         active.timings["tokenise"] += time.monotonic() - started
         if active.tokenised:
             active.last_served = 0.0
@@ -283,7 +308,7 @@ class ModelEngine:
         if not rows:
             return
         actives = list(dict.fromkeys(one.active for one in rows))
-        started = time.monotonic()
+        started, began = time.monotonic(), time.time()
         try:
             run_batch([(active.running, [one.row for one in rows if one.active is active]) for active in actives])
         except Exception as error:
@@ -294,6 +319,8 @@ class ModelEngine:
             seconds = time.monotonic() - started
             for active in actives:
                 active.timings["inference"] += seconds
+                active.stages.note("forward", began, began + seconds)
+            self._count(rows, seconds)
             return
         # Outside of the handler: the exception's frames hold the failed batch's tensors.
         if split:
@@ -301,12 +328,20 @@ class ModelEngine:
             for part in split:
                 self._forward(part)
 
+    def _count(self, rows: list[Row], seconds: float) -> None:
+        lengths = [one.active.running.row_ids(one.row).size for one in rows]
+        resident = rows[0].active.running.resident
+        self._batches.add(
+            resident.key, rows=len(rows), tokens=sum(lengths), padded=len(rows) * max(lengths), seconds=seconds
+        )
+
     def _split(self, rows: list[Row], actives: list[Active], error: Exception) -> list[list[Row]]:
         """What to try after a failure; nothing when the one job to blame was failed."""
         if is_out_of_memory(error):
             resident = rows[0].active.running.resident
             widest = max(len(one.active.running.row_ids(one.row)) for one in rows)
-            log.warning("%s: memory ran out at %d rows of %d tokens", resident.key, len(rows), widest)
+            for active in actives:
+                _log.warning("batch.out_of_memory", **active.job.names, rows=len(rows), tokens=widest)
             if len(rows) > 1:
                 resident.token_budget = max(1, len(rows) * widest // 2)
                 half = len(rows) // 2
@@ -321,17 +356,18 @@ class ModelEngine:
 
     def _finish(self, active: Active) -> None:
         job = active.job
-        try:
-            result = active.running.finish()
-            finisher = handlers.resolve(self._finishers, job.kind)
-            if finisher is None:
-                wire = result.to_wire()
-            else:
-                context = handlers.JobContext(job, beat=self._beat, progress=lambda *_: self._beat())
-                wire = finisher(job, result, context)
-        except Exception as error:
-            self._fail(active, error)
-            return
+        with bound_contextvars(**job.names):
+            try:
+                result = active.running.finish()
+                finisher = handlers.resolve(self._finishers, job.kind)
+                if finisher is None:
+                    wire = result.to_wire()
+                else:
+                    context = handlers.JobContext(job, beat=self._beat, progress=lambda *_: self._beat())
+                    wire = finisher(job, result, context)
+            except Exception as error:
+                self._fail(active, error)
+                return
         total = time.monotonic() - active.received
         self._forget(active)
         self._channel.send(
@@ -340,15 +376,25 @@ class ModelEngine:
                 "id": job.id,
                 "result": wire,
                 "timings": {**_rounded(active.timings), "total": round(total, 6)},
+                "stages": active.stages.times,
             }
         )
 
     def _fail(self, active: Active, error: Exception) -> None:
         if is_device_fault(error):
             raise DeviceFault(str(error)) from error
-        problem, retry = _problem_of(error)
+        with bound_contextvars(**active.job.names):
+            problem, retry = _problem_of(error)
         self._remove(active)
-        self._channel.send({"ev": "failed", "id": active.job.id, "problem": problem, "retry": retry})
+        self._channel.send(
+            {
+                "ev": "failed",
+                "id": active.job.id,
+                "problem": problem,
+                "retry": retry,
+                "stages": active.stages.times,
+            }
+        )
 
     def _remove(self, active: Active) -> None:
         if active.extraction is not None:
@@ -370,7 +416,8 @@ class ModelEngine:
     # --- events ---
 
     def _beat(self) -> None:
-        self._channel.send({"ev": "beat"})
+        batches = self._batches.take()
+        self._channel.send({"ev": "beat", "batches": batches} if batches else {"ev": "beat"})
 
     def _announce(self, ids: list[str]) -> None:
         if set(ids) != set(self._running):
@@ -390,6 +437,7 @@ class ModelEngine:
         self._channel.send({"ev": "loading", "key": key, "asked": asked})
 
     def _on_unloaded(self, key: str, reason: UnloadReason) -> None:
+        self._evicted = self._evicted or reason == "evicted"
         self._channel.send({"ev": "unloaded", "key": key, "reason": reason})
 
 
@@ -404,6 +452,8 @@ def _problem_of(error: Exception) -> tuple[dict[str, Any], bool]:
     if isinstance(error, errors.ProblemError):
         return error.problem(), isinstance(error, errors.Unavailable)
     if is_out_of_memory(error):
+        _log.warning("job.out_of_memory", exc_info=error)
         return errors.OutOfMemory("the worker ran out of memory").problem(), False
-    log.error("a job failed", exc_info=error)
-    return errors.InternalError("the engine failed at this job; its log says where").problem(), True
+    _log.error("job.failed", exc_info=error)
+    fault = out_of_space(error) or errors.InternalError("the engine failed at this job; its log says where")
+    return fault.problem(), True

@@ -20,7 +20,7 @@ import socket
 import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypedDict, cast
+from typing import Any, Literal, NotRequired, TypedDict, cast
 
 import orjson
 
@@ -95,6 +95,8 @@ class RunJob:
     owner: str = "local"
     """API key id. Owners take turns at the batches of a resident."""
     priority: Priority = "normal"
+    attempt: int = 1
+    """Which attempt this is; said in the log."""
     resident: str | dict[str, Any] | None = None
     """A model engine's job: a resident's key, or a whole `ModelSpec`, which is loaded when it is not
     resident. A key is enough once its spec was sent, even when the model was evicted meanwhile."""
@@ -111,6 +113,11 @@ class RunJob:
     extra: dict[str, Any] = field(default_factory=dict)
     """Members that this class does not name, handed to the handler or finisher untouched. `max_result_bytes` bounds an
     extraction's result file (`too-large`)."""
+
+    @property
+    def names(self) -> dict[str, Any]:
+        """What every line of the log about the job says."""
+        return {"job": self.id, "attempt": self.attempt, "lane": self.lane, "key": self.owner}
 
     @classmethod
     def from_wire(cls, wire: Mapping[str, Any]) -> RunJob:
@@ -145,7 +152,7 @@ class ReadyEvent(TypedDict):
 
 class LoadingEvent(TypedDict):
     """A load begins: files are fetched and converted, and again when they are read into memory. A `beat` comes
-    between its phases, each of which may take minutes."""
+    between its phases, each of which may take minutes: the supervisor looks at what the process uses meanwhile."""
 
     ev: Literal["loading"]
     key: str
@@ -161,6 +168,10 @@ class LoadedEvent(TypedDict):
     asked: str
     facts: dict[str, Any]
     """`ResidentFacts.to_wire()` of `bathyscope_workers.models`."""
+    seconds: NotRequired[float]
+    """How long the load took, fetching and evictions included; absent when it was resident already."""
+    swapped: NotRequired[bool]
+    """Whether another model was evicted for it."""
 
 
 class UnloadedEvent(TypedDict):
@@ -206,6 +217,8 @@ class BeatEvent(TypedDict):
     """The engine made a step: a batch, a thousand inputs tokenised, a phase of a load."""
 
     ev: Literal["beat"]
+    batches: NotRequired[list[list[str | int | float]]]
+    """Forward passes since the last beat, each `[resident's key, rows, tokens, tokens with padding, seconds]`."""
 
 
 class DoneEvent(TypedDict):
@@ -217,6 +230,8 @@ class DoneEvent(TypedDict):
     """Of an extraction: `ExtractionResult.to_wire()`."""
     timings: dict[str, float]
     """Seconds: `load` (waiting for its model), `tokenise`, `inference` (batches it took part in), `total`."""
+    stages: NotRequired[dict[str, list[float]]]
+    """Unix seconds of beginning and end of `load`, `tokenise` and `forward`; of `compute` in a cpu engine."""
 
 
 class FailedEvent(TypedDict):
@@ -228,6 +243,8 @@ class FailedEvent(TypedDict):
     """RFC 9457, from `bathyscope.errors`."""
     retry: bool
     """False for what would fail again in the same way (a bad input)."""
+    stages: NotRequired[dict[str, list[float]]]
+    """As of `done`, as far as it came."""
 
 
 class CancelledEvent(TypedDict):

@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from bathyscope_workers.engine.account import Stages
 from bathyscope_workers.engine.protocol import RunJob
 from bathyscope_workers.extraction.extraction import Extraction
 from bathyscope_workers.models.resident import Resident
@@ -27,6 +28,8 @@ class Active:
     job: RunJob
     received: float
     """`time.monotonic()` of its arrival, as the other times here."""
+    arrived: float = field(default_factory=time.time)
+    """The same in Unix seconds."""
     extraction: Extraction | None = None
     """None until its model is resident."""
     tokenised: bool = False
@@ -34,6 +37,7 @@ class Active:
     last_progress: float = 0.0
     last_served: float = 0.0
     turn: int = 0
+    stages: Stages = field(default_factory=Stages)
     timings: dict[str, float] = field(default_factory=lambda: {"load": 0.0, "tokenise": 0.0, "inference": 0.0})
 
     @property

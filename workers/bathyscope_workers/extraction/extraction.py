@@ -99,7 +99,7 @@ class Extraction:
     def tokenise_step(self) -> bool:
         """Tokenise the next inputs; True when all are done and the result file is laid out.
 
-        Raises errors.InvalidInput, errors.InvalidRequest or errors.TooLarge; errors.Unavailable when the disk is full.
+        Raises errors.InvalidInput, errors.InvalidRequest or errors.TooLarge; errors.OutOfSpace when the disk is full.
         """
         chunk = next(self._chunks, None)
         if chunk is not None:

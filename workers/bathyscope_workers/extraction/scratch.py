@@ -7,7 +7,6 @@ belong to the file, so a large result takes no anonymous memory.
 
 from __future__ import annotations
 
-import errno
 import json
 import math
 import mmap
@@ -20,7 +19,7 @@ from typing import Any
 
 import torch
 
-from bathyscope import errors
+from bathyscope_workers.disk import no_room_for
 
 _DTYPES: dict[str, tuple[str, torch.dtype, int]] = {
     "int64": ("I64", torch.int64, 8),
@@ -75,8 +74,9 @@ class ScratchFile:
             self._map: mmap.mmap | None = mmap.mmap(descriptor, self.nbytes)
         except OSError as error:
             path.unlink(missing_ok=True)
-            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-                raise errors.Unavailable(f"the worker's scratch disk has no room for {self.nbytes} bytes") from error
+            problem = no_room_for(self.nbytes, path, error)
+            if problem is not None:
+                raise problem from error
             raise
         finally:
             os.close(descriptor)

@@ -14,6 +14,7 @@ from typing import Any
 
 import orjson
 
+from bathyscope_backplane import logs
 from bathyscope_workers.engine.process import die_with_parent
 
 
@@ -24,6 +25,7 @@ def main() -> None:
     memory_bytes, max_characters = int(sys.argv[1]), int(sys.argv[2])
     from transformers.utils import chat_template_utils
 
+    logs.configure("warning", process="template")
     render: Callable[..., Any] = chat_template_utils.render_jinja_template
 
     _bound_memory(memory_bytes)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,6 +14,7 @@ from bathyscope_backplane.artifacts import Blob, Resource
 from bathyscope_backplane.broker import Lease
 from bathyscope_backplane.plane import Backplane
 from bathyscope_backplane.times import rfc3339
+from bathyscope_backplane.vault import Credentials
 from bathyscope_workers.engine.protocol import RunJob
 from bathyscope_workers.models.spec import ModelSpec
 
@@ -35,11 +36,23 @@ class JobWork:
     resident: ModelSpec | None
     """The base model of the job's lane, null on a lane without one."""
 
+    credentials: Credentials = field(default_factory=Credentials)
+    """What the request gave to reach other services with."""
+
+    kept: dict[Path, Blob] = field(default_factory=dict)
+    """Result files that are uploaded: `conclude` is called again when the store or Redis is away in the midst of it."""
+
     @property
     def spec(self) -> dict[str, Any]:
         """What was asked for, apart from the rows."""
         spec: dict[str, Any] = self.payload["spec"]
         return spec
+
+    @property
+    def most_bytes(self) -> int:
+        """The largest result that is allowed: the service's limit, or what is left of the key's quota."""
+        limit = self.plane.settings.limits.max_result_bytes
+        return min(limit, int(self.payload.get("most_bytes", limit)))
 
     async def rows_path(self) -> str | None:
         """The rows as a JSON-lines file, when they were too many for the payload."""
@@ -87,6 +100,7 @@ class JobWork:
             lane=self.lease.lane,
             owner=self.lease.owner,
             priority=self.lease.priority,
+            attempt=self.lease.attempt,
             scratch=str(self.scratch),
             solo=self.lease.solo,
             **rest,
@@ -94,8 +108,11 @@ class JobWork:
         return {"op": "run", "job": job.to_wire()}
 
     async def keep(self, path: Path, suffix: str) -> Blob:
-        """Upload a result file under a key that no other attempt uses."""
-        return await self.plane.store.put_file(f"blobs/{self.lease.resource_id}/{self.lease.ref.token}{suffix}", path)
+        """Upload a result file under a key that no other attempt uses; a second call gives what the first one kept."""
+        if path not in self.kept:
+            key = f"blobs/{self.lease.resource_id}/{self.lease.ref.token}{suffix}"
+            self.kept[path] = await self.plane.store.put_file(key, path)
+        return self.kept[path]
 
     def resource(self, body: dict[str, Any], **rest: Any) -> Resource:
         """The resource that the job made."""

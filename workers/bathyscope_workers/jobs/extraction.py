@@ -23,7 +23,7 @@ async def run_command(work: JobWork, **extra: Any) -> dict[str, Any]:
         spec=work.spec,
         inputs=work.payload.get("rows") if path is None else None,
         inputs_path=path,
-        extra={"max_result_bytes": work.plane.settings.limits.max_result_bytes, **extra},
+        extra={"max_result_bytes": work.most_bytes, **extra},
     )
 
 

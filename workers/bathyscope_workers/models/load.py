@@ -42,10 +42,17 @@ def quiet_libraries() -> None:
 
 
 def estimate_bytes(folder: Path, spec: ModelSpec) -> int:
-    """What a model will take in memory, from the headers of its files; `weight_bytes` measures it after the load."""
+    """What a model will take in memory, from the headers of its files; `weight_bytes` measures it after the load.
+
+    Raises LoadFault for headers that cannot be read.
+    """
     width = _BYTES[spec.compute_dtype]
     total = 0.0
-    for name, shape in weight_sizes(folder):
+    try:
+        sizes = weight_sizes(folder)
+    except ValueError as error:
+        raise failed(spec, f"the header of its weights cannot be read: {error}") from error
+    for name, shape in sizes:
         size = 1
         for side in shape:
             size *= side

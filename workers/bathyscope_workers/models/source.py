@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import struct
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +17,8 @@ from bathyscope_workers.models import gguf
 from bathyscope_workers.models.spec import ModelSpec
 
 _SAMPLES, _SAMPLE_BYTES = 32, 1 << 16
+_HEADER_BYTES = 100_000_000
+"""What safetensors itself takes at most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +41,13 @@ class LoadFault(Exception):
 
 def locate(spec: ModelSpec) -> Source:
     """Fetch, convert or find the files of a model. Raises LoadFault."""
+    try:
+        return _locate(spec)
+    except PermissionError as error:
+        raise failed(spec, f"{error.filename or spec.source} may not be read by the worker") from error
+
+
+def _locate(spec: ModelSpec) -> Source:
     if spec.source.startswith("hf://"):
         return _from_hub(spec)
     path = Path(spec.source).expanduser()
@@ -79,13 +87,22 @@ def folder_digest(folder: Path) -> str:
 
 
 def weight_sizes(folder: Path) -> list[tuple[str, list[int]]]:
-    """Names and shapes of every tensor in the folder's safetensors, from their headers alone."""
+    """Names and shapes of every tensor in the folder's safetensors, from their headers alone.
+
+    Raises ValueError for a file that is none.
+    """
     found: list[tuple[str, list[int]]] = []
     for path in sorted(folder.glob("*.safetensors")):
         with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
+            start = file.read(8)
+            length = int.from_bytes(start, "little")
+            if len(start) < 8 or length > _HEADER_BYTES:  # a length from strangers: nothing is reserved for it
+                raise ValueError(f"{path.name} is no safetensors file")
             header = json.loads(file.read(length))
-        found += [(name, entry["shape"]) for name, entry in header.items() if name != "__metadata__"]
+        try:
+            found += [(name, entry["shape"]) for name, entry in header.items() if name != "__metadata__"]
+        except (AttributeError, KeyError, TypeError):
+            raise ValueError(f"the header of {path.name} describes no tensors") from None
     return found
 
 

@@ -4,6 +4,8 @@ Supervisor    life of the worker: signals, lease renewal, heartbeat, housekeepin
 Slot          one engine: which jobs it takes, what happens when it dies or hangs
 Attempt       one leased job, from its payload to the commit of its result
 EngineProcess the child process and its pipe
+Watchdog      when an engine hangs
+Placement     which lanes fit this worker
 """
 
 from bathyscope_workers.supervisor._supervisor import Supervisor

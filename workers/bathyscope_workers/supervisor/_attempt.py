@@ -14,11 +14,17 @@ from typing import Any, TypeVar
 import orjson
 import structlog
 
-from bathyscope.errors import InternalError, ProblemError, Unavailable, from_problem
+from bathyscope.errors import CredentialUnreadable, InternalError, OutOfSpace, ProblemError, Unavailable, from_problem
+from bathyscope_backplane.artifacts import Resource
 from bathyscope_backplane.broker import Lease, Renewal
 from bathyscope_backplane.plane import Backplane
+from bathyscope_backplane.tracing import NOTHING, Span
+from bathyscope_backplane.vault import Credentials
+from bathyscope_workers.disk import out_of_space
 from bathyscope_workers.jobs import JobKind, JobWork
 from bathyscope_workers.models.spec import ModelSpec
+from bathyscope_workers.supervisor._meter import trace_stages
+from bathyscope_workers.supervisor._tasks import end_tasks
 
 _log = structlog.get_logger(__name__)
 
@@ -52,8 +58,15 @@ class Attempt:
     send: Callable[[Any], None]
     """Sends a command to the engine."""
 
-    confirmed: float = field(default_factory=time.monotonic)
-    """When Redis last said that the lease is ours; a stopped process' clock goes on."""
+    is_for_another: Callable[[str, dict[str, Any]], Awaitable[bool]]
+    """Whether a job of that lane, failed with that problem, should be left to another worker."""
+
+    confirmed: float
+    """When Redis was last asked and said that the lease is ours, in `time.monotonic`, which goes on for a stopped
+    process."""
+
+    sent: bool = False
+    """The engine has been told of it."""
 
     lost: bool = False
     """The lease is gone: neither write nor settle."""
@@ -61,8 +74,16 @@ class Attempt:
     cancelled: bool = False
     """The job's owner wants it stopped."""
 
+    ended: str = "drain"
+    """How it ended: `succeeded`, `failed`, `retried`, `cancelled`, `lost`, or why the job was put back."""
+
+    span: Span = NOTHING
+
     outcome: asyncio.Future[dict[str, Any]] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
     """The engine's last word: `done`, `failed` or `cancelled`."""
+
+    _committed: Resource | None = None
+    """What this very attempt made visible."""
 
     _progress: dict[str, Any] | None = None
     _reporting: asyncio.Task[None] | None = None
@@ -75,25 +96,45 @@ class Attempt:
         broker, ref = self.plane.broker, self.lease.ref
         try:
             resource = await self._work()
-            await self._settle(lambda: broker.finish(ref, resource=resource, timings=self._timings()))
+            await self._settle("succeeded", lambda: broker.finish(ref, resource=resource, timings=self._timings()))
+            if self.ended != "succeeded":
+                await self._withdraw()
+                return
+            if self.ended == "succeeded":
+                _log.info("job.succeeded", kind=self.lease.kind, **self.names)
+            await self._drop_rows()
         except (EngineGone, LostLease):
             raise
         except asyncio.CancelledError:
             raise
         except _Stopped:
-            await self._settle(lambda: broker.acknowledge_cancel(ref))
+            await self._settle("cancelled", lambda: broker.acknowledge_cancel(ref))
         except ProblemError as error:
-            retry = isinstance(error, Unavailable) or error.extra.pop("retry", False) is True
+            reported = error.extra.pop("retry", None)  # of the engine's own problems
+            if isinstance(error, OutOfSpace) or (reported is None and isinstance(error, Unavailable)):
+                await self._postpone(error)
+                return
+            retry = isinstance(error, Unavailable) or reported is True
             problem = error.problem()
-            _log.warning("job.failed", job=self.lease.job_id, problem=problem["type"], retry=retry)
-            await self._settle(lambda: broker.fail(ref, problem, retry=retry))
+            _log.warning("job.failed", problem=problem["type"], retry=retry, **self.names)
+            await self._settle("retried" if retry else "failed", lambda: broker.fail(ref, problem, retry=retry))
         except Exception as error:
-            _log.error("job.fault", job=self.lease.job_id, exc_info=error)
+            if (full := out_of_space(error)) is not None:
+                await self._postpone(full)
+                return
+            _log.error("job.fault", exc_info=error, **self.names)
             problem = InternalError("A fault of the worker; it was logged and can be reported.").problem()
-            await self._settle(lambda: broker.fail(ref, problem, retry=True))
+            await self._settle("retried", lambda: broker.fail(ref, problem, retry=True))
+
+    @property
+    def names(self) -> dict[str, Any]:
+        """What every line of the log about it says."""
+        lease = self.lease
+        return {"job": lease.job_id, "attempt": lease.attempt, "lane": lease.lane, "key": lease.owner}
 
     def hear(self, event: dict[str, Any]) -> None:
         """An event of the engine about this job."""
+        trace_stages(self.span, event)
         if event["ev"] == "progress":
             self._progress = event
             if self._reporting is None or self._reporting.done():
@@ -116,9 +157,9 @@ class Attempt:
     async def close(self) -> None:
         """Remove the scratch folder and end the reporting."""
         if self._reporting is not None:
-            self._reporting.cancel()
-            with contextlib.suppress(asyncio.CancelledError, Exception):
-                await self._reporting
+            await end_tasks([self._reporting])
+            if not self._reporting.cancelled():
+                self._reporting.exception()  # seen
         if self.outcome.done() and not self.outcome.cancelled():
             self.outcome.exception()  # seen
         await asyncio.to_thread(shutil.rmtree, self.scratch, ignore_errors=True)
@@ -133,27 +174,34 @@ class Attempt:
                 await self.plane.catalogue.index(committed)
                 return self.kind.path(lease.resource_id)
         payload = orjson.loads(lease.payload)
-        work = JobWork(self.plane, lease, payload, self.scratch, self.resident)
+        work = JobWork(self.plane, lease, payload, self.scratch, self.resident, self._credentials())
         self.scratch.mkdir()
         commands = await self.kind.commands(work)
         if self.cancelled:
             raise _Stopped
         if not self.outcome.done():  # else the engine died or the lease went while this was prepared
+            self.sent = True
             for command in commands:
                 self.send(command)
         event = await self.outcome
         if self.cancelled:
             raise _Stopped
         if event["ev"] == "cancelled":  # nobody asked for it: the engine is ending
-            await self._settle(lambda: self.plane.broker.release(lease.ref, reason="drain"))
+            await self._settle("drain", lambda: self.plane.broker.release(lease.ref, reason="drain"))
             raise LostLease(lease.job_id)
         if event["ev"] == "failed":
+            if await self.is_for_another(lease.lane, event["problem"]):
+                _log.warning("job.left_to_another", **self.names)
+                await self._settle("elsewhere", lambda: self.plane.broker.release(lease.ref, reason="elsewhere"))
+                raise LostLease(lease.job_id)
             raise _reported(event)
         self._engine_timings = event.get("timings", {})
         if lease.resource_id is None:
             await self.kind.conclude(work, event)
             return self.kind.path(None)
-        resource = await self._patiently(lambda: self.kind.conclude(work, event))
+        await self._require_lease()  # a worker that slept must not even upload
+        with self.span.child("upload"):
+            resource = await self._patiently(lambda: self.kind.conclude(work, event))
         assert resource is not None
         resource.private["timings"] = self._timings()
         try:
@@ -162,11 +210,18 @@ class Attempt:
             for blob in resource.blobs.values():
                 await self.plane.store.delete(blob.key)
             raise
-        await self._patiently(lambda: self.plane.catalogue.commit(resource))
-        if payload.get("rows_key"):
-            with contextlib.suppress(Unavailable):  # the sweep removes it later
-                await self.plane.store.delete(payload["rows_key"])
+        with self.span.child("commit"):
+            if await self._patiently(lambda: self.plane.catalogue.commit(resource)) is resource:
+                self._committed = resource
         return self.kind.path(lease.resource_id)
+
+    def _credentials(self) -> Credentials:
+        """What the request gave. Raises `CredentialUnreadable`: another worker may have the right master key."""
+        try:
+            return Credentials.unsealed(self.plane.vault, self.lease.secret, self.lease.job_id)
+        except CredentialUnreadable as error:
+            error.extra["retry"] = True
+            raise
 
     def _timings(self) -> dict[str, float]:
         """Seconds: `queue` until taken, `load`, `inference`, `total` since it was submitted."""
@@ -189,9 +244,37 @@ class Attempt:
         if self.cancelled or renewal == "cancelled":
             raise _Stopped
 
-    async def _settle(self, write: Callable[[], Awaitable[bool]]) -> None:
-        if not self.lost and not await self._patiently(write):
-            _log.warning("job.lease_lost", job=self.lease.job_id)
+    async def _settle(self, how: str, write: Callable[[], Awaitable[bool]]) -> None:
+        if self.lost:
+            return
+        if await self._patiently(write):
+            self.ended = how
+        else:
+            self.ended = "lost"
+            _log.warning("job.lease_lost", **self.names)
+
+    async def _drop_rows(self) -> None:
+        """Remove the job's rows from the store: not before it has ended, since another attempt would need them."""
+        rows_key = orjson.loads(self.lease.payload).get("rows_key")
+        if rows_key is not None:
+            with contextlib.suppress(Unavailable):  # the sweep removes it later
+                await self.plane.store.delete(rows_key)
+
+    async def _withdraw(self) -> None:
+        """Take a result back that was committed in the moment in which the lease was lost, when its job was ended
+        otherwise meanwhile. Where the job goes on, whoever has it now finds the result and is done.
+        """
+        if self._committed is None:
+            return
+        record = await self._patiently(lambda: self.plane.broker.get(self.lease.job_id))
+        if record is None or (record.ended and record.status != "succeeded"):
+            await self.plane.catalogue.delete(self._committed)
+
+    async def _postpone(self, error: ProblemError) -> None:
+        """What was wanting, room or the store, is no fault of the job."""
+        problem = error.problem()
+        _log.warning("job.postponed", problem=problem["type"], detail=error.detail, **self.names)
+        await self._settle("postponed", lambda: self.plane.broker.postpone(self.lease.ref, problem))
 
     async def _patiently(self, call: Callable[[], Awaitable[T]]) -> T:
         """Call again while Redis or the store is out of reach: the work is done and must not be lost."""

@@ -17,6 +17,9 @@ from bathyscope_workers.engine.protocol import Command, FrameDecoder, FrameError
 
 _log = structlog.get_logger(__name__)
 
+ENGINE_MODULE = "bathyscope_workers.engine"
+"""What is run with `python -m`; it speaks `engine.protocol`."""
+
 
 class EngineProcess:
     """One engine. `on_event` gets each of its events in order, `on_exit` its return code, once."""
@@ -27,8 +30,10 @@ class EngineProcess:
         *,
         on_event: Callable[[dict[str, Any]], None],
         on_exit: Callable[[int], None],
+        module: str = ENGINE_MODULE,
     ) -> None:
         self._arguments = arguments
+        self._module = module
         self._on_event = on_event
         self._on_exit = on_exit
         self._process: asyncio.subprocess.Process | None = None
@@ -45,6 +50,11 @@ class EngineProcess:
         """Whether the process runs."""
         return self._process is not None and self._process.returncode is None
 
+    @property
+    def open(self) -> bool:
+        """Whether it hears what is sent: an engine that closed its pipe is about to be ended."""
+        return self._writer is not None and not self._writer.is_closing()
+
     async def start(self) -> None:
         """Start the process. It answers with `ready` when it can take commands."""
         ours, theirs = socket.socketpair()
@@ -52,7 +62,7 @@ class EngineProcess:
             self._process = await asyncio.create_subprocess_exec(
                 sys.executable,
                 "-m",
-                "bathyscope_workers.engine",
+                self._module,
                 "--fd",
                 str(theirs.fileno()),
                 *self._arguments,
@@ -66,7 +76,7 @@ class EngineProcess:
 
     def send(self, command: Command) -> None:
         """Send a command; one to a dead engine is dropped, since `on_exit` settles its jobs."""
-        if self._writer is not None and not self._writer.is_closing():
+        if self._writer is not None and self.open:
             self._writer.write(encode(command))
 
     def kill(self) -> None:

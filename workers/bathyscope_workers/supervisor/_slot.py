@@ -13,35 +13,36 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import structlog
 
-from bathyscope.errors import InternalError, ModelUnknown, ProblemError, Unavailable
+from bathyscope.errors import InternalError, Unavailable
 from bathyscope_backplane.broker import Bell, Lease, LeaseRef, ReleaseReason
 from bathyscope_backplane.plane import Backplane
 from bathyscope_backplane.registry import ModelFacts
 from bathyscope_workers.jobs import KINDS, ModelJob
-from bathyscope_workers.models.spec import ModelSpec
 from bathyscope_workers.supervisor._attempt import Attempt, EngineGone, LostLease
-from bathyscope_workers.supervisor._engine import EngineProcess
+from bathyscope_workers.supervisor._engine import ENGINE_MODULE, EngineProcess
+from bathyscope_workers.supervisor._meter import Meter
+from bathyscope_workers.supervisor._placement import Placement
+from bathyscope_workers.supervisor._residents import Residents
+from bathyscope_workers.supervisor._tasks import end_tasks
+from bathyscope_workers.supervisor._watchdog import Watchdog
 
 _log = structlog.get_logger(__name__)
 
+_COMMIT_SECONDS = 10.0
+"""How long a draining worker waits for results that are being committed."""
+
+_PUT_BACKS = 60
+"""How often it is tried to put a job back; each waits for Redis for a while."""
+
 _IDLE_SECONDS = 1.0
 """Longest time between two looks at the queues, should a bell be lost."""
-
-
-@dataclass(slots=True)
-class Resident:
-    """A model in the engine's memory."""
-
-    spec: ModelSpec
-    state: Literal["hot", "loading"]
-    facts: dict[str, Any] | None = None
 
 
 class Slot:
@@ -57,23 +58,32 @@ class Slot:
         scratch: Path,
         arguments: list[str],
         changed: Callable[[], None],
+        meter: Meter,
+        engine_module: str = ENGINE_MODULE,
     ) -> None:
         self.kind: Literal["model", "cpu"] = kind
         self.attempts: dict[str, Attempt] = {}
-        self.residents: dict[str, Resident] = {}
         self.device: dict[str, Any] = {}
         """The engine's `ready` event."""
         self._plane = plane
         self._bell = bell
+        self._placement = Placement(plane, worker)
+        self.residents = Residents(self._placement)
+        self._watchdog = Watchdog(
+            hang_seconds=plane.settings.worker.hang_seconds, load_seconds=plane.settings.worker.load_seconds
+        )
+        self._hung = False
         self._worker = worker
         self._scratch = scratch
         self._arguments = arguments
+        self._engine_module = engine_module
         self._changed = changed
+        self._meter = meter
         self._engine: EngineProcess | None = None
         self._ready = asyncio.Event()
         self._running: set[str] = set()
         self._alone: str | None = None
-        self._last_beat = 0.0
+        self._marking = asyncio.Lock()
         self._quiet_since = 0.0
         self._looked_at = 0.0
         self._last_lane = ""
@@ -106,6 +116,8 @@ class Slot:
         free = settings.concurrent_jobs - len(self.attempts)
         if free <= 0 or any(attempt.lease.solo for attempt in self.attempts.values()):
             return False
+        if not await self._plane.space.has_room():  # the jobs stay where another worker finds them
+            return False
         if self.kind == "cpu":
             # Jobs of this engine take turns anyway: holding more than a few keeps them from other workers.
             return await self._take_from(["cpu"], min(free, max(0, 2 - len(self.attempts))))
@@ -114,23 +126,26 @@ class Slot:
             self._quiet_since = now
         if now - self._looked_at >= _IDLE_SECONDS:
             self._looked_at = now
-            starving = await self._lane_to_adopt(int(settings.starvation_seconds * 1000))
+            starving = await self._placement.to_adopt(
+                self.residents.lanes(self._last_lane), int(settings.starvation_seconds * 1000)
+            )
             if starving is not None and await self._take_from([starving], 1):
                 return True
-        if await self._take_from(self._resident_lanes(), free):
+        if await self._take_from(self.residents.lanes(self._last_lane), free):
             return True
         rested = not self.attempts and now - self._quiet_since >= (settings.adopt_seconds if self.residents else 0)
-        lane = await self._lane_to_adopt(0) if rested else None
+        lane = await self._placement.to_adopt(self.residents.lanes(self._last_lane), 0) if rested else None
         return lane is not None and await self._take_from([lane], free)
 
     async def _take_from(self, lanes: list[str], n: int) -> bool:
         if not lanes or n <= 0:
             return False
         lease_ms = int(self._plane.settings.jobs.lease_seconds * 1000)
+        asked = time.monotonic()
         taken = await self._plane.broker.take(self._worker, lanes, n, lease_ms=lease_ms, engine_idle=not self.attempts)
         for lease in taken.leases:
             if lease.kind in KINDS:
-                self._start(lease)
+                self._start(lease, asked)
             else:
                 problem = InternalError(f"This worker knows no jobs of kind {lease.kind}.").problem()
                 await self._plane.broker.fail(lease.ref, problem, retry=False)
@@ -138,31 +153,6 @@ class Slot:
             self._quiet_since = 0.0
             self._last_lane = taken.leases[0].lane
         return bool(taken.leases)
-
-    def _resident_lanes(self) -> list[str]:
-        """The lanes of resident models, beginning after the one served last: a take gives one lane's jobs."""
-        lanes: list[str] = []
-        for resident in self.residents.values():
-            spec = resident.spec
-            for dtype in dict.fromkeys((spec.compute_dtype, "auto")):
-                lane = f"model:{spec.name}:{spec.quantization}:{dtype}"
-                if self._resolved(lane) == resident.spec.key:
-                    lanes.append(lane)
-        turn = lanes.index(self._last_lane) + 1 if self._last_lane in lanes else 0
-        return lanes[turn:] + lanes[:turn]
-
-    async def _lane_to_adopt(self, least_age_ms: int) -> str | None:
-        """Of the lanes of models that are not resident the one that has waited longest, and so long; null for none."""
-        resident = set(self._resident_lanes())
-        waiting = [
-            (lane.oldest_age_ms, lane.lane)
-            for lane in await self._plane.broker.lanes()
-            if lane.depth
-            and lane.oldest_age_ms >= least_age_ms
-            and lane.lane not in resident
-            and self._resolved(lane.lane) is not None
-        ]
-        return max(waiting)[1] if waiting else None
 
     def _waiting_to_adopt(self) -> bool:
         now = asyncio.get_running_loop().time()
@@ -172,48 +162,21 @@ class Slot:
             and now - self._quiet_since < self._plane.settings.worker.adopt_seconds
         )
 
-    def spec_of(self, lane: str) -> ModelSpec | None:
-        """The model of a lane, as this worker's registry knows it; null when it is none or not offered here."""
-        head, _, rest = lane.partition(":")
-        name, quantization, dtype = rest.rsplit(":", 2) if rest.count(":") >= 2 else ("", "", "")
-        if head != "model":
-            return None
-        try:
-            entry = self._plane.registry.get(name)
-            return ModelSpec(
-                name=name,
-                source=entry.source,
-                revision=entry.revision,
-                quantization=quantization,  # type: ignore[arg-type]
-                compute_dtype=dtype,  # type: ignore[arg-type]
-                llm_int8_threshold=entry.llm_int8_threshold,
-                max_length=entry.max_length,
-                data_dir=str(self._plane.settings.data_dir),
-            )
-        except (ModelUnknown, ProblemError):
-            return None
-
-    def _resolved(self, lane: str) -> str | None:
-        spec = self.spec_of(lane)
-        if spec is None:
-            return None
-        return spec.resolved("cpu" if self.device.get("device", "cpu") == "cpu" else "cuda").key
-
     # --- attempts -----------------------------------------------------------------------------------------
 
-    def _start(self, lease: Lease) -> None:
+    def _start(self, lease: Lease, asked: float) -> None:
         attempt = Attempt(
             plane=self._plane,
             lease=lease,
             kind=KINDS[lease.kind],
             scratch=self._scratch / f"{lease.job_id}.{lease.ref.token}",
-            resident=self.spec_of(lease.lane),
+            resident=self._placement.spec_of(lease.lane),
             send=self._send,
+            is_for_another=self._placement.is_for_another,
+            confirmed=asked,
         )
-        if not self.attempts:
-            self._last_beat = asyncio.get_running_loop().time()
         self.attempts[lease.job_id] = attempt
-        task = asyncio.create_task(self._attempt(attempt), name=lease.job_id)
+        task = asyncio.create_task(self._meter.watch(attempt, self._attempt(attempt)), name=lease.job_id)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
@@ -223,12 +186,17 @@ class Slot:
         except (EngineGone, LostLease):
             pass
         except Unavailable as error:  # Redis is away for long: the lease lapses and the job is taken anew
-            _log.error("job.unsettled", job=attempt.lease.job_id, error=error.detail)
+            _log.error("job.unsettled", error=error.detail, **attempt.names)
         finally:
             if self.attempts.get(attempt.lease.job_id) is attempt:
                 del self.attempts[attempt.lease.job_id]
             await attempt.close()
             self._bell.wake()
+
+    @property
+    def pid(self) -> int | None:
+        """Process id of the engine, null when none runs."""
+        return self._engine.pid if self._engine is not None and self._engine.alive else None
 
     def refs(self) -> list[LeaseRef]:
         """The leases to renew."""
@@ -240,7 +208,8 @@ class Slot:
         if attempt is None or attempt.lease.ref != ref:
             return
         if renewal == "lost":
-            _log.warning("job.lease_lost", job=ref.job_id)
+            _log.warning("job.lease_lost", **attempt.names)
+            attempt.ended = "lost"
             attempt.drop()
         elif renewal == "cancelled" and not attempt.cancelled:
             attempt.stop()
@@ -261,24 +230,28 @@ class Slot:
             if self._deaths:  # not faster than it can start
                 await asyncio.sleep(min(0.2 * 2 ** min(self._deaths, 6), 10.0))
             self._ready.clear()
-            self._engine = EngineProcess(self._arguments, on_event=self._hear, on_exit=self._exited)
-            self._last_beat = asyncio.get_running_loop().time()
+            self._engine = EngineProcess(
+                self._arguments, on_event=self._hear, on_exit=self._exited, module=self._engine_module
+            )
+            self._hung = False
+            self._watchdog.step()
             await self._engine.start()
         if not self._ready.is_set():
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(0.5):
                     await self._ready.wait()
-        return self._ready.is_set()
+        return self._ready.is_set() and self._engine.open
 
     def _send(self, command: Any) -> None:
         if self._engine is not None:
             self._engine.send(command)
 
     def _hear(self, event: dict[str, Any]) -> None:
-        self._last_beat = asyncio.get_running_loop().time()
+        self._watchdog.step()
+        self._meter.hear(event)
         match event["ev"]:
             case "ready":
-                self.device = event
+                self.device = self._placement.device = event
                 self._deaths = 0
                 self._ready.set()
                 self._bell.wake()
@@ -286,32 +259,20 @@ class Slot:
             case "running":
                 self._running = set(event["ids"])
                 self._tell_alone()
-            case "loading":
-                spec = self._spec_of_key(event["asked"]) or self._spec_of_key(event["key"])
-                if spec is not None:
-                    resolved = spec.resolved("cpu" if self.device["device"] == "cpu" else "cuda")
-                    self.residents[event["key"]] = Resident(resolved, "loading")
-                    self._changed()
-            case "loaded":
-                self._loaded(event)
-            case "load_failed" | "unloaded":
-                self.residents.pop(event["key"], None)
-                self._changed()
-                self._tell_model_jobs(event)
+            case "loading" | "loaded" | "load_failed" | "unloaded":
+                self._residency(event)
             case "progress" | "done" | "failed" | "cancelled":
                 attempt = self.attempts.get(event["id"])
                 if attempt is not None:
                     attempt.hear(event)
 
-    def _spec_of_key(self, key: str) -> ModelSpec | None:
-        return self.spec_of(f"model:{key}")
-
-    def _loaded(self, event: dict[str, Any]) -> None:
-        spec = self._spec_of_key(event["key"])
-        if spec is not None:
-            self.residents[event["key"]] = Resident(spec, "hot", event["facts"])
-            facts = ModelFacts.model_validate(event["facts"])
-            self._spawn(self._plane.workers.keep_facts(spec.name, facts))
+    def _residency(self, event: dict[str, Any]) -> None:
+        """A model is loaded, or is not any more."""
+        spec = self.residents.hear(event)
+        if spec is not None and event["ev"] == "loaded":
+            facts = event["facts"]
+            self._spawn(self._plane.workers.keep_memory(event["key"], facts["memory_bytes"]))
+            self._spawn(self._plane.workers.keep_facts(spec.name, ModelFacts.model_validate(facts)))
         self._changed()
         self._tell_model_jobs(event)
 
@@ -319,7 +280,7 @@ class Slot:
         """Jobs that load or unload a model hear how that went."""
         for attempt in list(self.attempts.values()):
             if isinstance(attempt.kind, ModelJob) and attempt.resident is not None:
-                keys = {attempt.resident.key, self._resolved(attempt.lease.lane)}
+                keys = {attempt.resident.key, self._placement.resolved(attempt.lease.lane)}
                 outcome = attempt.kind.outcome(attempt.lease, event)
                 if outcome is not None and keys & {event["key"], event.get("asked")}:
                     attempt.hear(outcome)
@@ -329,11 +290,18 @@ class Slot:
         alone = next(iter(self._running)) if len(self._running) == 1 and len(self.attempts) == 1 else None
         if alone == self._alone:
             return
-        for job_id, state in ((self._alone, False), (alone, True)):
-            attempt = self.attempts.get(job_id) if job_id is not None else None
-            if attempt is not None and not attempt.outcome.done():
-                self._spawn(self._plane.broker.mark_alone(attempt.lease.ref, state))
+        marks = [
+            (self.attempts[job_id].lease.ref, state)
+            for job_id, state in ((self._alone, False), (alone, True))
+            if job_id in self.attempts and not self.attempts[job_id].outcome.done()
+        ]
         self._alone = alone
+        self._spawn(self._mark_alone(marks))
+
+    async def _mark_alone(self, marks: list[tuple[LeaseRef, bool]]) -> None:
+        async with self._marking:  # in their order
+            for ref, state in marks:
+                await self._plane.broker.mark_alone(ref, state)
 
     def _spawn(self, call: Any) -> None:
         async def quietly() -> None:
@@ -345,58 +313,95 @@ class Slot:
         task.add_done_callback(self._tasks.discard)
 
     def check_hang(self) -> None:
-        """End an engine that made no step for too long."""
-        settings = self._plane.settings.worker
-        waiting = any(not attempt.outcome.done() for attempt in self.attempts.values())
-        busy = waiting or not self._ready.is_set()
-        if self._engine is None or not self._engine.alive or not busy:
+        """End an engine that hangs."""
+        if self._engine is None or self._engine.pid is None or not self._engine.alive or self._hung:
             return
-        loading = not self._ready.is_set() or any(item.state == "loading" for item in self.residents.values())
-        silence = asyncio.get_running_loop().time() - self._last_beat
-        if silence > (settings.load_seconds if loading else settings.hang_seconds):
+        loading = not self._ready.is_set() or bool(self.residents.loading())
+        silence = self._watchdog.look(self._engine.pid, busy=loading or bool(self._in_engine()), loading=loading)
+        if silence is not None:
             _log.error("engine.hung", kind=self.kind, pid=self._engine.pid, silent_seconds=round(silence))
+            self._hung = True
             self._engine.kill()
+
+    def _in_engine(self) -> set[str]:
+        """Jobs that the engine has and has not finished."""
+        return {job_id for job_id, attempt in self.attempts.items() if attempt.sent and not attempt.outcome.done()}
 
     def _exited(self, code: int) -> None:
         """The engine is gone: put its jobs back, the suspects apart."""
         self._ready.clear()
-        loading = [key for key, item in self.residents.items() if item.state == "loading"]
+        suspects = self._suspects()
         self.residents.clear()
-        suspects = {job_id for job_id in self._running if job_id in self.attempts}
-        if not suspects and (loading or not self._running):  # while loading, or in no step at all: all of them
-            suspects = set(self.attempts)
         self._running, self._alone = set(), None
         if not self._draining or self.attempts:
             self._deaths += 1
+            self._meter.engine_ended(self.kind, code, hung=self._hung)
             _log.error("engine.died", kind=self.kind, code=code, jobs=len(self.attempts), suspects=len(suspects))
-        together: ReleaseReason = "engine_died_alone" if len(suspects) == 1 else "engine_died_together"
+        reason: ReleaseReason
         if self._draining and code == 0:  # it ended as it was told to
-            together = "drain"
+            reason = "drain"
+        elif self._hung:
+            reason = "engine_hung_alone" if len(suspects) == 1 else "engine_hung_together"
+        else:
+            reason = "engine_died_alone" if len(suspects) == 1 else "engine_died_together"
         for job_id, attempt in list(self.attempts.items()):
             if attempt.outcome.done():
                 continue  # the engine had finished it: its result is being committed
             attempt.outcome.set_exception(EngineGone(job_id))
-            self._spawn(self._put_back(attempt, together if job_id in suspects else "drain"))
+            attempt.ended = reason if job_id in suspects else "drain"
+            self._spawn(self._put_back_surely(attempt, reason if job_id in suspects else "drain"))
         self._changed()
         self._bell.wake()
+
+    def _suspects(self) -> set[str]:
+        """Jobs that the engine's end may be the fault of: those of the step it was in, or of the model it was loading,
+        else all that it had not finished.
+        """
+        unfinished = self._in_engine()
+        loading = self.residents.loading()
+        waited = {
+            job_id for job_id in unfinished if self._placement.resolved(self.attempts[job_id].lease.lane) in loading
+        }
+        return self._running & unfinished or waited or (set() if self._running else unfinished)
 
     async def _put_back(self, attempt: Attempt, reason: ReleaseReason) -> None:
         if not attempt.lost:
             await self._plane.broker.release(attempt.lease.ref, reason=reason)
 
+    async def _put_back_surely(self, attempt: Attempt, reason: ReleaseReason) -> None:
+        """The same while Redis is out of reach: a lease that lapsed would be held against the job."""
+        for _ in range(_PUT_BACKS):
+            try:
+                await self._put_back(attempt, reason)
+                return
+            except Unavailable:
+                await asyncio.sleep(1)
+
     async def stop(self, grace: float, hurry: asyncio.Event) -> None:
         """Let the attempts end within the grace, put the others back, end the engine."""
-        deadline = asyncio.get_running_loop().time() + grace
+        await self._rest(grace, hurry)
+        await self._put_all_back([attempt for attempt in self.attempts.values() if not attempt.outcome.done()])
+        # What is left has its result and is committing it: a moment, unless the store or Redis is away.
+        await self._rest(_COMMIT_SECONDS, hurry)
+        await self._put_all_back(list(self.attempts.values()))
+        if self._engine is not None:
+            await self._engine.stop(0.0 if hurry.is_set() else 5.0)
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=_COMMIT_SECONDS)
+        await end_tasks(self._tasks)
+
+    async def _rest(self, seconds: float, hurry: asyncio.Event) -> None:
+        """Wait until no attempt is left, or so long, or until hurried."""
+        deadline = asyncio.get_running_loop().time() + seconds
         while self.attempts and not hurry.is_set() and asyncio.get_running_loop().time() < deadline:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(0.1):
                     await hurry.wait()
-        for attempt in list(self.attempts.values()):
-            if not attempt.outcome.done():
-                with contextlib.suppress(Unavailable):
-                    await self._plane.broker.release(attempt.lease.ref, reason="drain")
-                attempt.drop()
-        if self._engine is not None:
-            await self._engine.stop(0.0 if hurry.is_set() else 5.0)
-        while self._tasks:
-            await asyncio.wait(self._tasks, timeout=10)
+
+    async def _put_all_back(self, attempts: list[Attempt]) -> None:
+        async def put_back(attempt: Attempt) -> None:
+            with contextlib.suppress(Unavailable):
+                await self._put_back(attempt, "drain")
+            attempt.drop()
+
+        await asyncio.gather(*(put_back(attempt) for attempt in attempts))

@@ -11,17 +11,22 @@ import signal
 import socket
 import time
 from collections.abc import Awaitable, Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
 
 import structlog
 
 from bathyscope.errors import Unavailable
+from bathyscope_backplane.artifacts import sweep
 from bathyscope_backplane.broker import Bell
-from bathyscope_backplane.ids import made_ms
+from bathyscope_backplane.logs import name_worker
 from bathyscope_backplane.plane import Backplane
 from bathyscope_backplane.workers import HEARTBEAT_SECONDS
+from bathyscope_workers.supervisor._engine import ENGINE_MODULE
+from bathyscope_workers.supervisor._meter import LOOK_SECONDS, Meter
 from bathyscope_workers.supervisor._slot import Slot
+from bathyscope_workers.supervisor._tasks import end_tasks
 
 _log = structlog.get_logger(__name__)
 
@@ -29,22 +34,22 @@ _REAP_SECONDS = 1.0
 _SWEEP_SECONDS = 60.0
 _TAKE_SECONDS = 20.0
 """Longer than Redis is waited for."""
-_INPUTS_AGE_MS = 3_600_000
-"""Inputs younger than this may belong to a job that is being queued just now."""
-_INPUTS_EVERY = 10
-"""Sweeps of expired results between two sweeps of forgotten inputs."""
+_ORPHANS_SECONDS = 3600
+"""Between two sweeps of what belongs to nothing, whichever worker makes them: they list the whole store."""
 
 
 class Supervisor:
     """One worker: a model engine, a CPU engine, and all that they have to do with Redis and the store."""
 
-    def __init__(self, plane: Backplane) -> None:
+    def __init__(self, plane: Backplane, *, engine_module: str = ENGINE_MODULE) -> None:
         self._plane = plane
+        self._engine_module = engine_module
         self.name = plane.settings.worker.name or f"{socket.gethostname()}-{os.getpid()}"
         self._stopping = asyncio.Event()
         self._hurry = asyncio.Event()
         self._publish_now = asyncio.Event()
         self._slots: list[Slot] = []
+        name_worker(self.name)
 
     async def run(self) -> None:
         """Work until SIGTERM or SIGINT; a second one hurries."""
@@ -59,6 +64,7 @@ class Supervisor:
                 listener.bell(worker=self.name) as model_bell,
                 listener.bell(["cpu"]) as cpu_bell,
             ):
+                self._meter = Meter(self._plane, scratch)
                 self._slots = [
                     self._slot("model", model_bell, scratch),
                     self._slot("cpu", cpu_bell, scratch),
@@ -81,6 +87,7 @@ class Supervisor:
                 ("reap", self._repeat(_REAP_SECONDS, self._reap)),
                 ("sweep", self._repeat(_SWEEP_SECONDS, self._sweep)),
                 ("hang", self._repeat(1.0, self._check_hang)),
+                ("look", self._repeat(LOOK_SECONDS, lambda: self._meter.look(self._slots))),
             )
         ]
         stopped = asyncio.create_task(self._stopping.wait())
@@ -97,11 +104,11 @@ class Supervisor:
             grace = self._plane.settings.worker.grace_seconds
             _log.info("worker.draining", jobs=sum(len(slot.attempts) for slot in self._slots))
             await asyncio.gather(*(slot.stop(grace, self._hurry) for slot in self._slots))
-            await _end([*slots, *keepers, stopped])
+            await end_tasks([*slots, *keepers, stopped])
 
     def _slot(self, kind: Any, bell: Bell, scratch: Path) -> Slot:
         settings = self._plane.settings
-        arguments = ["--kind", kind, "--log-level", settings.log_level]
+        arguments = ["--kind", kind, "--log-level", settings.log_level, "--worker", self.name]
         for option, value in (
             ("--memory-bytes", settings.worker.memory_bytes),
             ("--batch-tokens", settings.worker.batch_tokens),
@@ -117,6 +124,8 @@ class Supervisor:
             scratch=scratch,
             arguments=arguments,
             changed=self._publish_now.set,
+            meter=self._meter,
+            engine_module=self._engine_module,
         )
 
     def _asked_to_stop(self) -> None:
@@ -181,6 +190,7 @@ class Supervisor:
             "residents": residents,
             "jobs": sum(len(slot.attempts) for slot in self._slots),
             "draining": self._stopping.is_set(),
+            "metrics": self._meter.samples(self._slots),
         }
 
     async def _repeat(self, seconds: float, call: Callable[[], Awaitable[None]]) -> None:
@@ -197,40 +207,38 @@ class Supervisor:
         for slot in self._slots:
             slot.check_hang()
 
-    _sweeps = 0
-
     async def _sweep(self) -> None:
+        await asyncio.to_thread(sweep_scratch, self._plane.settings.data_dir / "scratch")
         while await self._plane.catalogue.sweep():
             pass
-        self._sweeps += 1
-        if self._sweeps % _INPUTS_EVERY == 0:
-            async for key in self._plane.store.keys("inputs/"):
-                job_id = key.removeprefix("inputs/").removesuffix(".jsonl")
-                young = time.time() * 1000 - made_ms(job_id) < _INPUTS_AGE_MS
-                if not young and await self._plane.broker.get(job_id) is None:
-                    await self._plane.store.delete(key)
-
-
-async def _end(tasks: list[asyncio.Task[Any]]) -> None:
-    """Cancel tasks until they have ended: one cancellation may be lost where it meets a reply or a timeout."""
-    pending = set(tasks)
-    while pending:
-        for task in pending:
-            task.cancel()
-        _, pending = await asyncio.wait(pending, timeout=0.5)
+        if not await self._plane.catalogue.claim_sweep(_ORPHANS_SECONDS):
+            return
+        grace_s = self._plane.settings.jobs.orphan_hours * 3600
+        swept = await sweep(self._plane.store, self._plane.broker.knows, grace_s=grace_s)
+        _log.info("store.swept", **asdict(swept))
 
 
 def claim_scratch(root: Path, name: str) -> tuple[Path, IO[bytes]]:
     """A scratch folder of this process, and the lock that says it lives; folders of the dead are removed."""
     root.mkdir(parents=True, exist_ok=True, mode=0o700)
-    for other in root.glob("*.lock"):
-        with contextlib.suppress(OSError), other.open("rb") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(other.with_suffix(""), ignore_errors=True)
-            other.unlink()
+    sweep_scratch(root)
     safe = "".join(letter if letter.isalnum() or letter in "-_" else "_" for letter in name)[:100]
     folder = root / f"{safe}-{os.getpid()}"
-    lock = folder.with_suffix(".lock").open("wb")
-    fcntl.flock(lock, fcntl.LOCK_EX)
-    folder.mkdir(exist_ok=True)
-    return folder, lock
+    path = folder.with_suffix(".lock")
+    while True:
+        lock = path.open("wb")
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(lock.fileno()), path.stat()):
+                folder.mkdir(exist_ok=True)
+                return folder, lock
+        lock.close()  # another worker, as it started, took ours for a dead one's
+
+
+def sweep_scratch(root: Path) -> None:
+    """Remove the folders of workers that died."""
+    for lock in root.glob("*.lock"):
+        with contextlib.suppress(OSError), lock.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(lock.with_suffix(""), ignore_errors=True)
+            lock.unlink()

@@ -63,6 +63,9 @@ def extract(
     ] = "auto",
     batch_invariant: Annotated[bool, typer.Option(help="With 8bit, run each text alone.")] = True,
     priority: Annotated[Literal["high", "normal", "low"], typer.Option(help="Place in the queue.")] = "normal",
+    webhook: Annotated[
+        str | None, typer.Option(help="URL that gets the finished job in a signed POST.", show_default=False)
+    ] = None,
     url: Url = None,
     api_key: ApiKey = None,
     as_json: AsJson = False,
@@ -97,6 +100,7 @@ def extract(
             compute_dtype=compute_dtype,
             batch_invariant=batch_invariant,
             priority=priority,
+            webhook=webhook,
         )
         try:
             states = job.wait(progress=True)

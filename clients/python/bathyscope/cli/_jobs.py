@@ -83,6 +83,7 @@ def _show(job: types.Job, as_json: bool) -> None:
         "finished": document["finished_at"],
         "result": job.resource,
         "error": _reason(job),
+        "webhook": _webhook(job),
         "timings": ", ".join(f"{name} {seconds:.3g} s" for name, seconds in job.timings.items()),
     }
     for name, value in lines.items():
@@ -95,6 +96,11 @@ def _progress(job: types.Job) -> str:
     if job.ended or progress.stage is None:
         return ""
     return f"{progress.stage} {progress.done}/{progress.total}" if progress.total else progress.stage
+
+
+def _webhook(job: types.Job) -> str:
+    webhook = job.webhook
+    return " ".join(filter(None, [webhook.state, webhook.url, webhook.detail])) if webhook is not None else ""
 
 
 def _reason(job: types.Job) -> str:

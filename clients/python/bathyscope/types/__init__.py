@@ -28,7 +28,7 @@ from bathyscope.types.extractions import (
     PromptInput,
     TokenIdsInput,
 )
-from bathyscope.types.jobs import ENDED, Job, JobEvent, JobKind, JobStatus
+from bathyscope.types.jobs import ENDED, Job, JobEvent, JobKind, JobStatus, Webhook, WebhookState
 from bathyscope.types.models import LayerError, LoadRequest, Model, Residency, SelfTest
 from bathyscope.types.probes import (
     Figure,
@@ -42,11 +42,12 @@ from bathyscope.types.probes import (
     Report,
     Scores,
 )
-from bathyscope.types.service import Health, Readiness, Version, WhoAmI
+from bathyscope.types.service import AuditEntry, Health, KeyLimits, KeyUse, Readiness, Version, WhoAmI
 
 __all__ = [
     "ENDED",
     "AnswerModel",
+    "AuditEntry",
     "ComputeDtype",
     "Dtype",
     "Extraction",
@@ -61,6 +62,8 @@ __all__ = [
     "JobEvent",
     "JobKind",
     "JobStatus",
+    "KeyLimits",
+    "KeyUse",
     "Label",
     "LayerError",
     "LayerScores",
@@ -91,6 +94,8 @@ __all__ = [
     "SelfTest",
     "TokenIdsInput",
     "Version",
+    "Webhook",
+    "WebhookState",
     "WhoAmI",
     "WorkRequest",
 ]

@@ -83,7 +83,8 @@ class WorkRequest(RequestModel):
     """Which jobs of the same queue go first. A low one is late but never starved."""
 
     webhook: str | None = Field(default=None, max_length=2048)
-    """URL that gets the finished Job."""
+    """URL (https or http, on port 80, 443 or from 1024 on) that gets the finished Job in a signed POST, once it has
+    ended, and again until it answers 2xx. Not on a private network, unless the operator allows it."""
 
 
 class Progress(AnswerModel):

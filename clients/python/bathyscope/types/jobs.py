@@ -11,8 +11,37 @@ from bathyscope.types._base import AnswerModel, Priority, Problem, Progress, Tim
 JobKind = Literal["adapter", "extraction", "probe", "prediction", "comparison", "experiment", "model"]
 JobStatus = Literal["queued", "running", "succeeded", "failed", "cancelled", "expired"]
 
+WebhookState = Literal["waiting", "pending", "delivered", "failed", "refused"]
+
 ENDED: frozenset[str] = frozenset({"succeeded", "failed", "cancelled", "expired"})
 """The statuses that no longer change."""
+
+
+class Webhook(AnswerModel):
+    """How far a job's webhook is."""
+
+    url: str
+    """Where the finished job is sent, in normal spelling. Only the job's owner sees more of it than its host."""
+
+    state: WebhookState
+    """`waiting`: the job has not ended. `pending`: it is to be sent, or sent again. `delivered`: the receiver answered
+    2xx. `failed`: every attempt is used up, or `detail` says why there are no more. `refused`: the host led to an
+    address that is not sent to."""
+
+    attempts: int = 0
+    """Attempts that were begun since the job ended."""
+
+    last_status: int | None = None
+    """HTTP status of the last answer; null when there was none."""
+
+    detail: str | None = None
+    """How the last attempt went, in a sentence; null before the first."""
+
+    delivered_at: Time | None = None
+    """When the receiver answered 2xx."""
+
+    next_attempt_at: Time | None = None
+    """When it is sent next; null when it is not, or just now."""
 
 
 class Job(AnswerModel):
@@ -66,7 +95,7 @@ class Job(AnswerModel):
     request: dict[str, Any] = Field(default_factory=dict)
     """A summary of what was asked for; long inputs are counted, not repeated."""
 
-    webhook: dict[str, Any] | None = None
+    webhook: Webhook | None = None
     """What became of the webhook, null when none was asked for."""
 
     @property

@@ -9,7 +9,7 @@ from pydantic import Field, StrictBool, StrictFloat, StrictInt, StrictStr, model
 from bathyscope.types._base import AnswerModel, Metadata, Time, WorkRequest
 from bathyscope.types.extractions import ExtractionRequest, Identity, Input
 
-Label = StrictBool | StrictInt | StrictFloat | StrictStr
+Label = StrictBool | StrictInt | StrictFloat | Annotated[StrictStr, Field(max_length=256)]
 Estimator = Literal["logistic", "ridge", "mass_mean", "lda", "mlp", "attention", "max_mean"]
 
 
@@ -34,7 +34,7 @@ class ProbeRequest(WorkRequest):
     variant: str | None = Field(default=None, max_length=64)
     """Which variant of a paired extraction to train on."""
 
-    groups: list[StrictInt | StrictStr] | None = Field(default=None, fail_fast=True)
+    groups: list[StrictInt | Annotated[StrictStr, Field(max_length=256)]] | None = Field(default=None, fail_fast=True)
     """One a row: rows of one group never sit on both sides of a split."""
 
     split: list[Literal["train", "test"]] | None = Field(default=None, fail_fast=True)

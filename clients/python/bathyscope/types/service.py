@@ -28,6 +28,9 @@ class Readiness(AnswerModel):
     store: bool
     """Whether the artifact store answers."""
 
+    space: bool = True
+    """Whether the disks below data folder and store have the free bytes that are asked of them."""
+
     workers: int
     """Workers alive."""
 
@@ -51,6 +54,62 @@ class Version(AnswerModel):
     """Packages and devices of each live worker."""
 
 
+class KeyLimits(AnswerModel):
+    """What one request, and one key, may ask for. Null is no bound."""
+
+    max_body_bytes: int
+    """Largest body of a request, in bytes after decompression."""
+
+    max_rows: int
+    """Most inputs of one request."""
+
+    max_result_bytes: int
+    """Largest estimated result of one request, in bytes."""
+
+    max_json_bytes: int
+    """Largest result that is given as JSON, in bytes of its tensors."""
+
+    waiting_requests: int
+    """Requests that may wait for a job at a time."""
+
+    event_streams: int
+    """Event streams that may be open at a time."""
+
+    queued_jobs: int
+    """Jobs that may be queued or running at a time."""
+
+    inputs_per_day: int | None = None
+    """Inputs that may be asked for in one day, UTC."""
+
+    stored_bytes: int | None = None
+    """Bytes that results may take, those of open jobs by their estimate."""
+
+
+class KeyUse(AnswerModel):
+    """What a key uses now."""
+
+    waiting_requests: int
+    """Requests that wait for a job, at this front end."""
+
+    event_streams: int
+    """Event streams that are open, at this front end."""
+
+    queued_jobs: int
+    """Jobs queued or running."""
+
+    inputs_per_day: int
+    """Inputs asked for since midnight UTC."""
+
+    stored_bytes: int
+    """Bytes of results in the store."""
+
+    promised_bytes: int
+    """Estimated results of jobs that have not ended, in bytes."""
+
+    day_ends_at: str
+    """When the count of inputs begins anew."""
+
+
 class WhoAmI(AnswerModel):
     """`GET /v1/whoami`."""
 
@@ -63,8 +122,45 @@ class WhoAmI(AnswerModel):
     scopes: list[str]
     """What it may do."""
 
-    limits: dict[str, Any] = Field(default_factory=dict)
-    """Limits that hold for each request of this key."""
+    created_at: str | None = None
+    """When it was made; null without keys."""
 
-    use: dict[str, Any] = Field(default_factory=dict)
-    """What it uses now."""
+    expires_at: str | None = None
+    """When it lapses; null is never."""
+
+    limits: KeyLimits
+    """What its requests, and all of them together, may ask for."""
+
+    use: KeyUse
+    """What it uses of that now."""
+
+
+class AuditEntry(AnswerModel):
+    """An entry of `GET /v1/audit`: who did what, without contents."""
+
+    at: str
+    """When it was answered."""
+
+    key: str | None
+    """Id of the key; `local` without keys, `cli` on the command line, null when nobody was recognised."""
+
+    key_name: str | None
+    """Name of the key; on the command line the user of the system."""
+
+    client: str | None
+    """Address that the request came from."""
+
+    method: str
+    """Of HTTP; `CLI` on the command line."""
+
+    route: str | None
+    """Template of the path, or the command; null for a path that is no route."""
+
+    ids: list[str]
+    """Jobs, resources and keys that it was about."""
+
+    status: int
+    """Of HTTP; 0 on the command line."""
+
+    problem: str | None
+    """Slug of the problem that it was answered with."""

@@ -13,11 +13,14 @@
 --   solo:<lane>         set of ready jobs that must run alone
 --   aged                hash of lanes whose last turn went to an owner that had been passed over
 --   leases, delayed, expiry, dead   sorted sets of jobs: when they are due
+--   hooks:<owner>|<host>   sorted set of ended jobs whose webhook is to be told: when it is due, or its claim lapses
+--   hooks:<owner>, hooks   sorted sets of those hosts, and of the owners: when they are due, later once served
 --   waiting             set of jobs with unmet parents
 --   jobs, jobs:<owner>  sorted sets of ids, all of score 0: the order of ids is the order of making
 --   lane_load           hash: queued jobs of a lane; its fields are the lanes in use
---   owner_load          hash: unfinished jobs of an owner
---   tally, totals       hashes: jobs by status now; jobs ever ended by '<kind>|<status>'
+--   owner_load, owner_bytes   hashes: unfinished jobs of an owner, and what their results may take
+--   inputs:<owner>:<day>   inputs that an owner asked for on a day, UTC
+--   tally, totals       hashes: jobs by status now; jobs ever ended by '<kind>|<status>', put back by '|<reason>'
 --   sequence            counter of turns and of submissions
 
 local clock = redis.call('TIME')
@@ -29,6 +32,7 @@ local BAND = 2 ^ 50 -- a class is worth more than any sequence; both together st
 local FIELDS = {
   'status', 'state', 'kind', 'lane', 'owner', 'priority', 'worker', 'token', 'attempt', 'max_attempts',
   'group_deaths', 'solo', 'alone', 'parents', 'cancel', 'settled', 'sequence', 'expires_at', 'error',
+  'webhook', 'bytes',
 }
 
 -- The job's hash as a table, or nil.
@@ -51,6 +55,12 @@ local function held(id, worker, token, deed)
   local job = load(id)
   if job and job.status == 'running' and job.worker == worker and job.token == token then return job, false end
   return nil, job ~= nil and job.settled == deed .. ' ' .. token
+end
+
+local DAY_MS = 86400000
+
+local function inputs_key(owner)
+  return prefix .. 'inputs:' .. owner .. ':' .. math.floor(now / DAY_MS)
 end
 
 local function add(hash, field, by)
@@ -120,6 +130,7 @@ end
 local function requeue(id, job, reason)
   redis.call('ZREM', prefix .. 'leases', id)
   change_status(job, 'queued')
+  add('totals', '|' .. reason, 1)
   add('lane_load', job.lane, 1)
   write(id, 'status', 'queued', 'reason', reason, 'alone', '0', 'attempt', job.attempt)
   announce(id, 'status', cjson.encode({ status = 'queued', attempt = tonumber(job.attempt), reason = reason }), 'queued')
@@ -149,6 +160,36 @@ end
 
 local HOW = { failed = 'failed', cancelled = 'was cancelled', expired = 'was not served in time' }
 
+-- The host of a webhook, without its port: the unit of fairness below an owner.
+local function hook_host(url)
+  local authority = string.lower(string.match(url, '^%a+://([^/?#]*)') or '')
+  return (string.gsub(authority, ':%d+$', ''))
+end
+
+-- A delivery comes to be due. Owner and host keep the turn that they have.
+local function hook_due(owner, host, id, due)
+  redis.call('ZADD', prefix .. 'hooks:' .. owner .. '|' .. host, due, id)
+  redis.call('ZADD', prefix .. 'hooks:' .. owner, 'LT', due, host)
+  redis.call('ZADD', prefix .. 'hooks', 'LT', due, owner)
+end
+
+-- A delivery is put off, or taken out when `due` is nil. Host and owner are due with the first of what they still
+-- have, and not before `served`, so that those who had their turn go behind those who wait for theirs.
+local function hook_off(owner, host, id, due, served)
+  local hosts = prefix .. 'hooks:' .. owner
+  local queue = hosts .. '|' .. host
+  if due then redis.call('ZADD', queue, due, id) else redis.call('ZREM', queue, id) end
+  local function follow(key, name, head)
+    if head then
+      redis.call('ZADD', key, 'GT', math.max(tonumber(head), served or 0), name)
+    else
+      redis.call('ZREM', key, name)
+    end
+  end
+  follow(hosts, host, redis.call('ZRANGE', queue, 0, 0, 'WITHSCORES')[2])
+  follow(prefix .. 'hooks', owner, redis.call('ZRANGE', hosts, 0, 0, 'WITHSCORES')[2])
+end
+
 -- Ends one job, wherever it is; returns the children that waited for it.
 local function settle(id, job, status, error, extra)
   if job.state == 'ready' then
@@ -163,6 +204,7 @@ local function settle(id, job, status, error, extra)
   end
   if job.status == 'queued' then leave_lane(job) end
   add('owner_load', job.owner, -1)
+  if job.bytes then add('owner_bytes', job.owner, -tonumber(job.bytes)) end
   change_status(job, status)
   add('totals', job.kind .. '|' .. status, 1)
   local record, expires_at = prefix .. 'job:' .. id, now + terms.result_ttl_ms
@@ -176,6 +218,11 @@ local function settle(id, job, status, error, extra)
     'PX', terms.result_ttl_ms + terms.tombstone_ttl_ms)
   announce(id, 'done', cjson.encode({ status = status }), status)
   redis.call('PEXPIRE', prefix .. 'events:' .. id, terms.result_ttl_ms)
+  if job.webhook then
+    redis.call('HINCRBY', record, 'hook_number', 1)
+    write(id, 'hook_state', 'pending', 'hook_attempts', '0', 'hook_next_at', now)
+    hook_due(job.owner, hook_host(job.webhook), id, now)
+  end
   job.state, job.error = 'ended', error
   local children = redis.call('SMEMBERS', prefix .. 'children:' .. id)
   redis.call('DEL', prefix .. 'children:' .. id)
@@ -238,6 +285,8 @@ end
 
 -- Removes all that is left of an ended job but its tombstone.
 local function purge(id, owner, status)
+  local webhook = owner and redis.call('HGET', prefix .. 'job:' .. id, 'webhook')
+  if webhook then hook_off(owner, hook_host(webhook), id) end
   redis.call('DEL', prefix .. 'job:' .. id, prefix .. 'events:' .. id, prefix .. 'children:' .. id)
   redis.call('ZREM', prefix .. 'expiry', id)
   redis.call('ZREM', prefix .. 'dead', id)

@@ -18,6 +18,14 @@ local load_of_lane = tonumber(redis.call('HGET', prefix .. 'lane_load', lane) or
 if load_of_lane >= lane_limit then return { 'lane_full', tostring(load_of_lane) } end
 local load_of_owner = tonumber(redis.call('HGET', prefix .. 'owner_load', owner) or '0')
 if load_of_owner >= owner_limit then return { 'owner_full', tostring(load_of_owner) } end
+local asked = tonumber(redis.call('GET', inputs_key(owner)) or '0')
+if inputs_limit >= 0 and inputs > 0 and asked + inputs > inputs_limit then
+  return { 'inputs_full', tostring(asked), tostring(DAY_MS - now % DAY_MS) }
+end
+local promised = tonumber(redis.call('HGET', prefix .. 'owner_bytes', owner) or '0')
+if bytes_limit >= 0 and bytes_stored + promised + bytes > bytes_limit then
+  return { 'bytes_full', string.format('%.0f', promised) }
+end
 
 local unmet, problem = 0, nil
 for _, parent in ipairs(parents) do
@@ -44,6 +52,14 @@ redis.call('ZADD', prefix .. 'jobs:' .. owner, 0, id)
 redis.call('ZADD', prefix .. 'expiry', now + terms.queue_ttl_ms, id)
 add('lane_load', lane, 1)
 add('owner_load', owner, 1)
+if bytes > 0 then
+  redis.call('HSET', record, 'bytes', bytes)
+  add('owner_bytes', owner, bytes)
+end
+if inputs > 0 then
+  redis.call('INCRBY', inputs_key(owner), inputs)
+  redis.call('PEXPIRE', inputs_key(owner), 2 * DAY_MS)
+end
 add('tally', 'queued', 1)
 
 if problem then
