@@ -27,6 +27,21 @@ class Limits(_Group):
     max_body_bytes: int = Field(default=64 * 2**20, ge=1024)
     """Largest request body, in bytes after decompression."""
 
+    max_archive_bytes: int = Field(default=8 * 2**30, ge=1024)
+    """Largest archive of an adapter that is uploaded."""
+
+    upload_seconds: float = Field(default=3600.0, gt=0)
+    """How long an upload may take to arrive; one that brings nothing for `stall_seconds` is ended sooner."""
+
+    max_uploads: int = Field(default=16, ge=0)
+    """Uploads that may arrive at the same time, in all: each takes its size of the disk."""
+
+    max_uploads_per_key: int = Field(default=4, ge=0)
+    """The same, of one key."""
+
+    max_variants: int = Field(default=16, ge=1, le=64)
+    """Most variants (the base, adapters) of one extraction."""
+
     max_rows: int = Field(default=100_000, ge=1)
     """Most inputs of one extraction."""
 
@@ -156,8 +171,59 @@ class WorkerSettings(_Group):
     starvation_seconds: float = Field(default=60.0, ge=0)
     """A model whose head has waited so long may be loaded by anyone, at once."""
 
+    adapter_cache_bytes: int = Field(default=16 * 2**30, ge=0)
+    """Bound of the converted adapters that are kept in the data folder; those used longest ago go first."""
+
     concurrent_jobs: int = Field(default=32, ge=1, le=1024)
     """Jobs of one model that a worker holds at a time."""
+
+
+class AdapterSettings(_Group):
+    """Where adapters may come from, and how they are fetched."""
+
+    import_dir: Path | None = None
+    """Folder below which `file://` sources lie, links resolved; without it there are none."""
+
+    days: float | None = Field(default=None, gt=0)
+    """How long adapters are kept; by default until they are deleted."""
+
+    allow_training_export: bool = False
+    """Whether `tinker://RUN/weights/NAME` may be fetched: Tinker exports it through a training session, which is
+    billed."""
+
+    tinker_api_key: SecretStr | None = None
+    """The operator's key for Tinker, for requests that bring none. Whoever may use this service may fetch with it."""
+
+    tinker_url: str | None = Field(default=None, pattern=r"^https?://[^/]+")
+    """Address of Tinker's service; by default `TINKER_BASE_URL`, else what its SDK knows."""
+
+    hf_token: SecretStr | None = None
+    """The operator's token for the hub, for requests that bring none."""
+
+    hub_url: str | None = Field(default=None, pattern=r"^https?://[^/]+")
+    """Address of the hub; by default `HF_ENDPOINT`, else huggingface.co."""
+
+    allowed_buckets: list[str] = Field(default_factory=list)
+    """Buckets, or prefixes of them, that `s3://`, `gs://` and `az://` sources may name, `s3://bucket/adapters` say.
+    They are read with the operator's rights, so there are none by default."""
+
+    store_options: dict[str, str] = Field(default_factory=dict)
+    """Options of those buckets, as obstore names them (`endpoint`, `region`, …)."""
+
+    max_bytes: int = Field(default=16 * 2**30, ge=2**20)
+    """Most bytes of one adapter that are fetched."""
+
+    fetch_seconds: float = Field(default=3600.0, gt=0)
+    """How long one fetch may take, from the first question to the last byte."""
+
+    call_seconds: float = Field(default=60.0, gt=0)
+    """How long one call of Tinker or the hub may take, retries included."""
+
+    stall_seconds: float = Field(default=60.0, gt=0)
+    """A transfer that brings nothing for so long is broken off and resumed."""
+
+    export_seconds: float = Field(default=1200.0, gt=0)
+    """How long Tinker may take to load a training checkpoint and to export it, or to make a legacy archive."""
 
 
 class WebhookSettings(_Group):
@@ -261,6 +327,7 @@ class Settings(BaseSettings):
     limits: Limits = Field(default_factory=Limits)
     jobs: JobSettings = Field(default_factory=JobSettings)
     worker: WorkerSettings = Field(default_factory=WorkerSettings)
+    adapters: AdapterSettings = Field(default_factory=AdapterSettings)
     webhooks: WebhookSettings = Field(default_factory=WebhookSettings)
     tracing: TracingSettings = Field(default_factory=TracingSettings)
 

@@ -13,6 +13,7 @@ from bathyscope_backplane.meters import meter_store
 from bathyscope_backplane.plane import open_backplane
 from bathyscope_backplane.settings import Settings
 from bathyscope_service import openapi, problems
+from bathyscope_service.adapters.endpoints import router as adapters
 from bathyscope_service.auditing import Audit
 from bathyscope_service.context import Context, Places
 from bathyscope_service.extractions.endpoints import router as extractions
@@ -24,6 +25,8 @@ from bathyscope_service.models.endpoints import router as models
 from bathyscope_service.observe import Observe
 from bathyscope_service.probes.endpoints import router as probes
 from bathyscope_service.system.endpoints import router as system
+from bathyscope_service.tinker.asking import Tinker
+from bathyscope_service.tinker.endpoints import router as tinker
 from bathyscope_service.webhooks.courier import delivering
 
 _DESCRIPTION = """
@@ -47,6 +50,8 @@ def create_app(settings: Settings, *, loopback: bool) -> FastAPI:
                 loopback=loopback,
                 waiting=Places(limits.max_waiting, limits.max_waiting_per_key),
                 streams=Places(limits.max_event_streams, limits.max_event_streams_per_key),
+                tinker=Tinker(settings.adapters.tinker_url),
+                uploads=Places(limits.max_uploads, limits.max_uploads_per_key),
                 memory=Places(limits.max_buffered_bytes, limits.max_buffered_bytes_per_key),
             )
             meter_store(plane.store, app.state.context.meters.registry, "bathyscope")
@@ -68,6 +73,6 @@ def create_app(settings: Settings, *, loopback: bool) -> FastAPI:
     app.add_middleware(Audit)
     app.add_middleware(Observe)
     app.add_middleware(Head)
-    for router in (extractions, probes, models, jobs, system, later):
+    for router in (adapters, extractions, probes, models, tinker, jobs, system, later):
         app.include_router(router)
     return app

@@ -16,6 +16,7 @@ from bathyscope_backplane.broker import Listener
 from bathyscope_backplane.keys import ApiKey
 from bathyscope_backplane.plane import Backplane
 from bathyscope_service.meters import Meters
+from bathyscope_service.tinker.asking import Tinker
 
 Given = ParamSpec("Given")
 Made = TypeVar("Made")
@@ -101,6 +102,12 @@ class Context:
 
     memory: Places
     """Bytes of bodies and results in memory."""
+
+    uploads: Places = field(default_factory=lambda: Places(16, 4))
+    """Uploads that are arriving."""
+
+    tinker: Tinker = field(default_factory=Tinker)
+    """What Tinker said lately."""
 
     meters: Meters = field(default_factory=Meters)
     """What it counts."""

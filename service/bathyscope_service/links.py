@@ -17,6 +17,11 @@ _EXTRACTION = (
     ("readHiddenStates", "get", "/v1/extractions/{extraction_id}/hidden_states"),
     ("deleteExtraction", "delete", "/v1/extractions/{extraction_id}"),
 )
+_ADAPTER = (
+    ("readAdapter", "get", "/v1/adapters/{adapter_id}"),
+    ("readArchive", "get", "/v1/adapters/{adapter_id}/archive"),
+    ("deleteAdapter", "delete", "/v1/adapters/{adapter_id}"),
+)
 _PROBE = (
     ("readProbe", "get", "/v1/probes/{probe_id}"),
     ("readWeights", "get", "/v1/probes/{probe_id}/weights"),
@@ -34,6 +39,9 @@ _MODEL = (
 )
 
 _LINKS: dict[tuple[str, str], list[tuple[tuple[tuple[str, str, str], ...], str]]] = {
+    ("post", "/v1/adapters"): [(_JOB, _ID)],
+    ("get", "/v1/adapters"): [(_ADAPTER, _FIRST)],
+    ("get", "/v1/adapters/{adapter_id}"): [(_ADAPTER[1:], _ID), (_JOB[:1], "$response.body#/job")],
     ("post", "/v1/extractions"): [(_JOB, _ID)],
     ("post", "/v1/probes"): [(_JOB, _ID)],
     ("post", "/v1/probes/{probe_id}/predict"): [(_JOB, _ID)],

@@ -13,7 +13,7 @@ from bathyscope_service.credentials import HEADERS, MOST_CHARACTERS
 from bathyscope_service.links import add_links
 from bathyscope_service.problems import responses
 
-_BODIES = (types.ExtractionRequest, types.LoadRequest, types.PredictRequest, types.ProbeRequest)
+_BODIES = (types.AdapterRequest, types.ExtractionRequest, types.LoadRequest, types.PredictRequest, types.ProbeRequest)
 
 _PREFER = {
     "name": "Prefer",
@@ -109,6 +109,8 @@ def _complete(path: str, method: str, operation: dict[str, Any]) -> None:
         operation["responses"]["200"].setdefault("headers", {}).update(_HEADERS["202"])
     elif path.endswith("/replay"):
         parameters += _CREDENTIALS
+    elif path == "/v1/tinker/models":
+        parameters += _CREDENTIALS[:1]
     elif path == "/v1/jobs/{job_id}" and method == "get":
         parameters.append(_PREFER)
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from starlette.responses import Response
 
-from bathyscope.errors import Expired, NotFound
+from bathyscope.errors import Expired, NotFound, RangeUnsatisfiable
 from bathyscope_backplane.artifacts import Resource
 from bathyscope_backplane.ids import KIND_PREFIX, is_id
 from bathyscope_backplane.keys import ApiKey
@@ -16,6 +17,8 @@ from bathyscope_service.context import Context
 from bathyscope_service.jobs.views import json_response, timing_headers
 
 Piece = TypeVar("Piece")
+
+_RANGE = re.compile(r"bytes=([0-9]{0,18})-([0-9]{0,18})", re.IGNORECASE)
 
 
 @contextmanager
@@ -45,6 +48,24 @@ async def begun(stream: AsyncIterator[Piece]) -> AsyncIterator[Piece]:
             yield piece
 
     return whole()
+
+
+def byte_range(header: str | None, length: int) -> tuple[int, int, int]:
+    """First byte, byte after the last, and status, for one range (RFC 9110); several are answered whole."""
+    found = _RANGE.fullmatch(header.strip()) if header is not None else None
+    if found is None or not (found[1] or found[2]):
+        return 0, length, 200
+    if not found[1]:
+        start, end = max(0, length - int(found[2])), length
+    else:
+        start, end = int(found[1]), min(int(found[2] or length - 1) + 1, length)
+    if start >= end:
+        if found[1] and found[2] and int(found[2]) < int(found[1]):
+            return 0, length, 200  # not a range at all
+        raise RangeUnsatisfiable(
+            f"The representation has {length} bytes; {header} asks for none of them.", length=length
+        )
+    return start, end, 206
 
 
 async def resource_of(context: Context, caller: ApiKey, kind: str, resource_id: str) -> Resource:

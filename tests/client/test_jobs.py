@@ -179,11 +179,11 @@ def test_attach_knows_what_the_job_makes(
 
 def test_a_kind_without_a_class_of_its_own(client: bathyscope.Client, wire: Any, answers: Any) -> None:
     wire.then(
-        answers.ok(answers.job("succeeded", kind="adapter") | {"resource": "/v1/adapters/ad_1"}),
-        answers.ok({"id": "ad_1", "rank": 8}),
+        answers.ok(answers.job("succeeded", kind="comparison") | {"resource": "/v1/comparisons/cmp_1"}),
+        answers.ok({"id": "cmp_1", "rank": 8}),
     )
-    adapter = client.jobs.attach("job_1").wait()
-    assert (adapter.id, adapter.rank) == ("ad_1", 8)
+    comparison = client.jobs.attach("job_1").wait()
+    assert (comparison.id, comparison.rank) == ("cmp_1", 8)
 
 
 def event(number: int, body: Any, kind: str = "progress") -> str:

@@ -9,11 +9,13 @@ import sys
 import pytest
 
 import bathyscope
-from bathyscope import _async_resources, _fields, _resources, types
+from bathyscope import _async_resources, _fields, _resources, _tinker, types
 
 
 def test_the_exported_names_are_these() -> None:
     assert bathyscope.__all__ == [
+        "Adapter",
+        "AsyncAdapter",
         "AsyncClient",
         "AsyncExtraction",
         "AsyncJobHandle",
@@ -42,7 +44,7 @@ def test_the_exported_names_are_these() -> None:
 def test_importing_it_loads_nothing_heavy() -> None:
     code = (
         "import sys, bathyscope; "
-        "heavy = {'numpy', 'rich', 'safetensors', 'torch', 'typer', 'fastapi', 'redis', 'matplotlib'}; "
+        "heavy = {'numpy', 'tinker', 'rich', 'safetensors', 'torch', 'typer', 'fastapi', 'redis', 'matplotlib'}; "
         "assert not heavy & set(sys.modules), heavy & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
@@ -53,6 +55,7 @@ def test_importing_it_loads_nothing_heavy() -> None:
     [
         (_fields.WorkFields, types.WorkRequest, set()),
         (_fields.LoadFields, types.LoadRequest, set()),
+        (_fields.AdapterFields, types.AdapterFields, set()),
         (_fields.ExtractionFields, types.ExtractionRequest, set()),
         (_fields.ProbeFields, types.ProbeRequest, set()),
         (_fields.PredictFields, types.PredictRequest, {"inputs", "extraction"}),
@@ -76,7 +79,9 @@ def test_both_clients_have_the_same_methods() -> None:
     pairs = [
         (bathyscope.Client, bathyscope.AsyncClient),
         (bathyscope.JobHandle, bathyscope.AsyncJobHandle),
+        (bathyscope.Adapter, bathyscope.AsyncAdapter),
         (bathyscope.Extraction, bathyscope.AsyncExtraction),
+        (_tinker.Tinker, _tinker.AsyncTinker),
         (bathyscope.Probe, bathyscope.AsyncProbe),
         (bathyscope.Prediction, bathyscope.AsyncPrediction),
     ]

@@ -1,4 +1,4 @@
-"""An engine that computes nothing: `python -m tests.noop.engine --kind model|cpu --fd N`.
+"""An engine that computes nothing: `python -m tests.noop.engine --kind model|cpu|fetch --fd N`.
 
 One token is one byte of UTF-8. A state is the position of its layer and the mean byte of what it stands for, so that
 results differ where they ought to. A job whose `metadata` (of an extraction) holds `{"noop_seconds": 3}` takes so long
@@ -26,7 +26,7 @@ from bathyscope_workers.engine.process import die_with_parent, ignore_interrupts
 from bathyscope_workers.engine.protocol import RunJob
 from bathyscope_workers.extraction.spec import ExtractionSpec
 from bathyscope_workers.models.spec import ModelSpec
-from tests.noop import results
+from tests.noop import adapters, results
 
 _BEAT_SECONDS = 0.2
 _WIDTHS: dict[str, np.dtype[Any]] = {
@@ -106,11 +106,15 @@ class NoopEngine:
     def _result(self, job: RunJob) -> dict[str, Any]:
         if job.kind == "probe":
             return results.probe(job)
+        if job.kind == "adapter" and self._kind == "fetch":
+            return adapters.fetch(job, lambda seconds: self._pass(job, seconds, "download"))
         if job.kind == "prediction" and self._kind == "cpu":
             rows = job.spec["layout"]["offsets"]["shape"][0] - 1
             return results.prediction(job, job.spec["weights_path"], rows)
         assert isinstance(job.resident, dict)
         facts = self._load(ModelSpec.from_wire(job.resident), answer=False)
+        if job.kind == "adapter":
+            return adapters.attach(job, lambda seconds: self._pass(job, seconds, "attach"), facts["num_layers"])
         self._pass_time(job)
         made = self._extract(job, facts)
         if job.kind == "prediction":
@@ -124,11 +128,13 @@ class NoopEngine:
         """Take as long as the request says."""
         metadata = job.spec.get("metadata") or {}
         total = metadata.get("noop_seconds", 0)
-        if not isinstance(total, int | float):
-            return
+        if isinstance(total, int | float):
+            self._pass(job, total, "forward")
+
+    def _pass(self, job: RunJob, total: float, stage: str) -> None:
         started = time.monotonic()
         while (passed := time.monotonic() - started) < total:
-            self._send("progress", id=job.id, stage="forward", done=int(passed), total=int(total) or 1, unit="seconds")
+            self._send("progress", id=job.id, stage=stage, done=int(passed), total=int(total) or 1, unit="seconds")
             time.sleep(min(_BEAT_SECONDS, total - passed))
             self._listen(block=False)
             if job.id not in self._jobs or self._stopping:
@@ -166,6 +172,12 @@ class NoopEngine:
         means = token_ids if spec.pooling == "none" else np.array([row.mean() for row in rows])
         shape = (len(means), len(layers), facts["hidden_size"])
         states = np.broadcast_to(means[:, None, None] / 256 + np.array(layers)[None, :, None], shape)
+        variants = job.extra.get("variants") or [None]
+        if job.spec.get("paired"):  # each variant adds its number
+            states = np.stack([states + number for number in range(len(variants))])
+            shape = states.shape
+        elif variants != [None]:
+            states = states + int(variants[0]["digest"][:4], 16)
         if spec.dtype == "bfloat16":
             stored = (states.astype("<f4").view("<u4") >> 16).astype("<u2")
         else:
@@ -190,6 +202,7 @@ class NoopEngine:
             "inputs": len(rows),
             "tokens": {"total": total, "computed": total, "kept": total},
             "provenance": provenance,
+            "relative_change": [[float(number)] * len(layers) for number in range(len(variants))],
         }
 
 
@@ -320,7 +333,7 @@ def _write(
 def main() -> None:
     """Serve the pipe."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--kind", choices=("model", "cpu"), required=True)
+    parser.add_argument("--kind", choices=("model", "cpu", "fetch"), required=True)
     parser.add_argument("--fd", type=int, required=True)
     options, _ = parser.parse_known_args()
     die_with_parent()

@@ -122,7 +122,6 @@ def test_sizes_are_judged_before_anything_is_queued(live: Stack) -> None:
 @pytest.mark.parametrize(
     "body",
     [
-        {"adapter": "ad_1"},
         {"score_choices": True},
         {"inputs": [{"prompt": "2+2=", "answer": "4"}]},
         {"inputs": None, "dataset": {"name": "mmlu"}},
@@ -135,10 +134,6 @@ def test_what_is_not_offered_yet_says_so(live: Stack, body: dict[str, Any]) -> N
 @pytest.mark.parametrize(
     ("method", "path"),
     [
-        ("GET", "/v1/adapters"),
-        ("POST", "/v1/adapters"),
-        ("GET", "/v1/adapters/ad_1"),
-        ("GET", "/v1/tinker/models"),
         ("GET", "/v1/datasets"),
         ("POST", "/v1/comparisons"),
         ("POST", "/v1/experiments"),

@@ -130,12 +130,12 @@ def test_residency_disks_memory_and_places(worked: tuple[dict[str, Metric], dict
         for prefix in ("bathyscope", "bathyscope_worker"):
             free = value(after, f"{prefix}_disk_free_bytes", folder=folder)
             assert 0 < free <= value(after, f"{prefix}_disk_size_bytes", folder=folder)
-    for process in ("supervisor", "model-engine", "cpu-engine"):
+    for process in ("supervisor", "model-engine", "cpu-engine", "fetch-engine"):
         assert value(after, "bathyscope_worker_memory_bytes", process=process) > 2**20
     assert value(after, "bathyscope_redis_memory_used_bytes") > 0
     assert value(after, "bathyscope_waiting_requests_limit") == 256
     assert (value(after, "bathyscope_redis_up"), value(after, "bathyscope_store_up")) == (1, 1)
-    assert (value(after, "bathyscope_workers"), value(after, "bathyscope_engine_up")) == (1, 2)
+    assert (value(after, "bathyscope_workers"), value(after, "bathyscope_engine_up")) == (1, 3)
     assert value(after, "bathyscope_worker_store_seconds_count", operation="commit") >= 2
     assert value(after, "bathyscope_store_seconds_count") >= 1
     idle = [sample for sample in after["bathyscope_lane_depth"].samples if sample.labels["lane"] == "cpu"]

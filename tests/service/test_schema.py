@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -36,10 +37,18 @@ def seeds(noop: Stack) -> dict[str, str]:
         assert job["status"] == "succeeded", job
         return dict(noop.client.get(job["resource"]).json())
 
+    added = noop.client.post(
+        "/v1/adapters",
+        files={"file": str(time.monotonic_ns()).encode()},
+        data={"base_model": "tiny"},
+        headers={"Prefer": "wait=60"},
+    ).json()
+    assert added["status"] == "succeeded", added
     states = made("/v1/extractions", {"model": "tiny", "inputs": ["a", "b", "c", "d"]})
     probe = made("/v1/probes", {"extraction": states["id"], "labels": [0, 1, 0, 1], "folds": 2})
     made(f"/v1/probes/{probe['id']}/predict", {"inputs": ["e"]})
-    return {"EXTRACTION_ID": states["id"], "JOB_ID": states["job"], "PROBE_ID": probe["id"]}
+    adapter = added["resource"].rpartition("/")[2]
+    return {"ADAPTER_ID": adapter, "EXTRACTION_ID": states["id"], "JOB_ID": states["job"], "PROBE_ID": probe["id"]}
 
 
 def configuration(document: dict[str, Any]) -> dict[str, Any]:

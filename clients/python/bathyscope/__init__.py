@@ -17,6 +17,8 @@ from bathyscope._client import Client
 from bathyscope._connection import package_version
 from bathyscope._jobs import AsyncJobHandle, JobHandle
 from bathyscope._objects import (
+    Adapter,
+    AsyncAdapter,
     AsyncExtraction,
     AsyncPrediction,
     AsyncProbe,
@@ -30,6 +32,8 @@ from bathyscope.errors import BathyscopeError, ConnectionFailed, JobCancelled, P
 __version__ = package_version()
 
 __all__ = [
+    "Adapter",
+    "AsyncAdapter",
     "AsyncClient",
     "AsyncExtraction",
     "AsyncJobHandle",

@@ -18,6 +18,7 @@ from bathyscope._async_resources import (
 )
 from bathyscope._connection import AsyncConnection, Target
 from bathyscope._http import path
+from bathyscope._tinker import AsyncTinker
 
 
 class AsyncClient:
@@ -42,8 +43,12 @@ class AsyncClient:
         max_retries: int = 4,
         transport: httpx2.AsyncBaseTransport | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
+        tinker_api_key: str | None = None,
+        hf_token: str | None = None,
     ) -> None:
-        target = Target.resolve(base_url, api_key, timeout, max_retries, cache_dir)
+        target = Target.resolve(
+            base_url, api_key, timeout, max_retries, cache_dir, tinker_api_key=tinker_api_key, hf_token=hf_token
+        )
         self._connection = AsyncConnection(target, transport)
         self.models = AsyncModels(self._connection)
         self.adapters = AsyncAdapters(self._connection)
@@ -51,6 +56,7 @@ class AsyncClient:
         self.probes = AsyncProbes(self._connection)
         self.predictions = AsyncPredictions(self._connection)
         self.jobs = AsyncJobs(self._connection)
+        self.tinker = AsyncTinker(self._connection)
 
     @property
     def base_url(self) -> str:

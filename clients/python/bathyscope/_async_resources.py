@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import AsyncIterator, Iterable, Mapping
 from typing import Any, Unpack
 
 from bathyscope import _operations, types
 from bathyscope._connection import AsyncConnection
 from bathyscope._fields import (
+    AdapterFields,
     ExtractionFields,
     InputLike,
     LoadFields,
@@ -23,7 +25,7 @@ from bathyscope._fields import (
 )
 from bathyscope._http import path
 from bathyscope._jobs import AsyncJobHandle
-from bathyscope._objects import AsyncExtraction, AsyncPrediction, AsyncProbe, Resource, bind
+from bathyscope._objects import AsyncAdapter, AsyncExtraction, AsyncPrediction, AsyncProbe, bind
 
 
 class _Namespace:
@@ -31,9 +33,15 @@ class _Namespace:
         self._connection = connection
 
     async def _submit(
-        self, target: str, body: Mapping[str, Any], wait: float = 0.0, idempotency_key: str | None = None
+        self,
+        target: str,
+        body: Mapping[str, Any],
+        wait: float = 0.0,
+        idempotency_key: str | None = None,
+        **rest: Any,
     ) -> AsyncJobHandle[Any]:
-        operation = _operations.submit(target, body, self._connection.retry, wait=wait, idempotency_key=idempotency_key)
+        retry = self._connection.retry
+        operation = _operations.submit(target, body, retry, wait=wait, idempotency_key=idempotency_key, **rest)
         return AsyncJobHandle(self._connection, await self._connection.run(operation))
 
     async def _get(self, model: type[Any], target: str) -> Any:
@@ -75,26 +83,33 @@ class AsyncAdapters(_Namespace):
     async def create(
         self,
         *,
-        source: str,
-        base_model: str | None = None,
-        name: str | None = None,
-        metadata: Mapping[str, Any] | None = None,
-    ) -> AsyncJobHandle[Resource]:
-        """Have the service fetch an adapter: `tinker://…`, `hf://…`, `s3://…` or `file://…`."""
-        return await self._submit(path("v1", "adapters"), adapter_body(source, base_model, name, metadata))
+        source: str | None = None,
+        file: str | os.PathLike[str] | None = None,
+        wait: float = 0.0,
+        idempotency_key: str | None = None,
+        **fields: Unpack[AdapterFields],
+    ) -> AsyncJobHandle[AsyncAdapter]:
+        """Have the service fetch an adapter (`source`: `tinker://…`, `hf://…`, `s3://…` or `file://…`), or send it one
+        (`file`: a tar, tar.gz or zip here); the other fields are those of `types.AdapterFields`.
 
-    async def get(self, adapter_id: str) -> Resource:
+        With a source of Tinker or the hub the client's `tinker_api_key` or `hf_token` goes along, for this job alone.
+        """
+        body, upload = adapter_body(source, file, fields)
+        headers = self._connection.target.credentials(source or "")
+        return await self._submit(path("v1", "adapters"), body, wait, idempotency_key, headers=headers, upload=upload)
+
+    async def get(self, adapter_id: str) -> AsyncAdapter:
         """One adapter."""
-        adapter: Resource = await self._get(Resource, path("v1", "adapters", adapter_id))
+        adapter: AsyncAdapter = await self._get(AsyncAdapter, path("v1", "adapters", adapter_id))
         return adapter
 
     async def delete(self, adapter_id: str) -> None:
         """Delete an adapter."""
         await self._delete(path("v1", "adapters", adapter_id))
 
-    def list(self, limit: int | None = None) -> AsyncIterator[Resource]:
+    def list(self, limit: int | None = None) -> AsyncIterator[AsyncAdapter]:
         """One's adapters, newest first."""
-        return self._list(Resource, path("v1", "adapters"), limit)
+        return self._list(AsyncAdapter, path("v1", "adapters"), limit)
 
 
 class AsyncExtractions(_Namespace):

@@ -11,6 +11,7 @@ from bathyscope import _operations, types
 from bathyscope._connection import Connection, Target
 from bathyscope._http import path
 from bathyscope._resources import Adapters, Extractions, Jobs, Models, Predictions, Probes
+from bathyscope._tinker import Tinker
 
 
 class Client:
@@ -31,6 +32,9 @@ class Client:
         max_retries: How often a request is sent again after a broken connection or a 429, 502, 503 or 504.
         transport: An httpx2 transport, as `httpx2.MockTransport` in tests.
         cache_dir: Folder for large results; else `BATHYSCOPE_CACHE_DIR`, else the system's.
+        tinker_api_key: Your key for Tinker: sent with requests that fetch from there, and used by `client.tinker`,
+            which without it takes `TINKER_API_KEY`.
+        hf_token: Your token for the hub: sent with requests that fetch from there.
     """
 
     def __init__(
@@ -42,8 +46,12 @@ class Client:
         max_retries: int = 4,
         transport: httpx2.BaseTransport | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
+        tinker_api_key: str | None = None,
+        hf_token: str | None = None,
     ) -> None:
-        target = Target.resolve(base_url, api_key, timeout, max_retries, cache_dir)
+        target = Target.resolve(
+            base_url, api_key, timeout, max_retries, cache_dir, tinker_api_key=tinker_api_key, hf_token=hf_token
+        )
         self._connection = Connection(target, transport)
         self.models = Models(self._connection)
         self.adapters = Adapters(self._connection)
@@ -51,6 +59,7 @@ class Client:
         self.probes = Probes(self._connection)
         self.predictions = Predictions(self._connection)
         self.jobs = Jobs(self._connection)
+        self.tinker = Tinker(self._connection)
 
     @property
     def base_url(self) -> str:

@@ -54,6 +54,8 @@ class Target:
 
     base_url: str
     api_key: str | None = field(repr=False)
+    tinker_api_key: str | None = field(default=None, repr=False, kw_only=True)
+    hf_token: str | None = field(default=None, repr=False, kw_only=True)
     timeout: float | None
     retry: Retry
     cache_dir: Path | None
@@ -67,14 +69,15 @@ class Target:
         timeout: float | None,
         max_retries: int,
         cache_dir: str | os.PathLike[str] | None,
+        *,
+        tinker_api_key: str | None = None,
+        hf_token: str | None = None,
     ) -> Target:
         """Fill what is not given from `BATHYSCOPE_URL`, `BATHYSCOPE_API_KEY` and `BATHYSCOPE_CACHE_DIR`."""
         url = (base_url or os.environ.get("BATHYSCOPE_URL") or DEFAULT_URL).rstrip("/")
         if not url.startswith(("http://", "https://")):
             raise SetupError(f"the address of the service must begin with http:// or https://, not {url!r}")
-        key = (api_key or os.environ.get("BATHYSCOPE_API_KEY") or "").strip() or None
-        if key is not None and not (key.isascii() and key.isprintable()):
-            raise SetupError("the API key holds a character that cannot be sent; copy it again")
+        key = _sendable("API key", api_key or os.environ.get("BATHYSCOPE_API_KEY"))
         folder = cache_dir or os.environ.get("BATHYSCOPE_CACHE_DIR")
         return cls(
             base_url=url,
@@ -82,7 +85,18 @@ class Target:
             timeout=timeout,
             retry=Retry(max_retries=max_retries),
             cache_dir=Path(folder) if folder else None,
+            tinker_api_key=_sendable("key for Tinker", tinker_api_key),
+            hf_token=_sendable("token for the hub", hf_token),
         )
+
+    def credentials(self, source: str) -> dict[str, str]:
+        """The headers of a request that has the service fetch from `source`; no other request carries them."""
+        headers = {}
+        if self.tinker_api_key is not None and source.startswith("tinker://"):
+            headers["X-Tinker-Api-Key"] = self.tinker_api_key
+        if self.hf_token is not None and source.startswith("hf://"):
+            headers["X-HF-Token"] = self.hf_token
+        return headers
 
     def client_options(self) -> dict[str, Any]:
         """Keyword arguments for httpx2's clients."""
@@ -100,15 +114,22 @@ class Target:
             "limits": httpx2.Limits(max_connections=100, max_keepalive_connections=20),
         }
 
-    def request_options(self, request: Request) -> dict[str, Any]:
-        """Keyword arguments for `build_request`."""
+    def request_options(self, request: Request, *, awaited: bool = False) -> dict[str, Any]:
+        """Keyword arguments for `build_request`; `awaited` for a client on asyncio."""
+        content: Any = request.body
+        if (upload := request.upload) is not None:
+            content = upload.achunks() if awaited else upload.chunks()
         timeout = self.timeout
         return {
             "method": request.method,
             "url": self.base_url + request.path,
             "params": dict(request.query) or None,
-            "headers": {"Accept": "application/json", **request.headers},
-            "content": request.body,
+            "headers": {
+                "Accept": "application/json",
+                **request.headers,
+                **({} if request.upload is None else {"Content-Length": str(request.upload.length)}),
+            },
+            "content": content,
             "timeout": httpx2.Timeout(
                 timeout,
                 connect=None if timeout is None else min(timeout, 10.0),
@@ -124,6 +145,14 @@ class Target:
             reason = str(error) or type(error).__name__
             return Broken(f"{self.base_url} could not be reached or broke off: {reason}")
         return UnexpectedAnswer(f"{self.base_url}: {error}")
+
+
+def _sendable(what: str, given: str | None) -> str | None:
+    """A credential as a header can hold it."""
+    key = (given or "").strip() or None
+    if key is not None and not (key.isascii() and key.isprintable()):
+        raise SetupError(f"the {what} holds a character that cannot be sent; copy it again")
+    return key
 
 
 class _SyncStream:
@@ -265,13 +294,13 @@ class AsyncConnection:
     async def _perform(self, effect: Effect, streams: list[_AsyncStream]) -> Any:
         match effect:
             case Send(request):
-                built = self._client.build_request(**self.target.request_options(request))
+                built = self._client.build_request(**self.target.request_options(request, awaited=True))
                 response = await self._client.send(built)
                 return Answer(response.status_code, response.headers, response.content)
             case Open(request):
                 while streams:
                     await streams.pop().response.aclose()
-                built = self._client.build_request(**self.target.request_options(request))
+                built = self._client.build_request(**self.target.request_options(request, awaited=True))
                 response = await self._client.send(built, stream=True)
                 body = await response.aread() if response.status_code >= 300 else b""
                 streams.append(_AsyncStream(response, body))

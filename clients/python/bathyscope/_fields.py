@@ -6,6 +6,7 @@ the two together. They are wider in their values: numpy scalars and arrays, gene
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, Protocol, Required, TypeAlias, TypedDict, TypeVar
@@ -13,6 +14,7 @@ from typing import Any, Literal, Protocol, Required, TypeAlias, TypedDict, TypeV
 from pydantic import BaseModel, ValidationError
 
 from bathyscope import types
+from bathyscope._upload import FileUpload
 from bathyscope.errors import FieldError, InvalidRequest
 
 R = TypeVar("R", bound=types.RequestModel)
@@ -74,6 +76,14 @@ class ExtractionFields(WorkFields, total=False):
     metadata: Mapping[str, Any] | None
 
 
+class AdapterFields(WorkFields, total=False):
+    """`types.AdapterFields`."""
+
+    base_model: str | None
+    name: str | None
+    metadata: Mapping[str, Any] | None
+
+
 class ProbeFields(WorkFields, total=False):
     """`types.ProbeRequest`."""
 
@@ -101,6 +111,7 @@ class ProbeFields(WorkFields, total=False):
 class PredictFields(WorkFields, total=False):
     """`types.PredictRequest`, apart from the inputs or the extraction that are read."""
 
+    variant: str | None
     per_token: bool
     transfer: bool
     also: Sequence[Reference]
@@ -168,11 +179,17 @@ def predict_body(
 
 
 def adapter_body(
-    source: str, base_model: str | None, name: str | None, metadata: Mapping[str, Any] | None
-) -> dict[str, Any]:
-    """The body of `POST /v1/adapters`."""
-    given = {"source": source, "base_model": base_model, "name": name, "metadata": plain(metadata)}
-    return {member: value for member, value in given.items() if value is not None}
+    source: str | None, file: str | os.PathLike[str] | None, fields: Mapping[str, Any]
+) -> tuple[dict[str, Any], FileUpload | None]:
+    """The body of `POST /v1/adapters`, or the upload that is sent in its place."""
+    if (source is None) == (file is None):
+        raise InvalidRequest("give either source or file")
+    given = {name: value for name, value in fields.items() if value is not None}
+    if file is None:
+        return request(types.AdapterRequest, {"source": source, **given}), None
+    body = request(types.AdapterFields, given)
+    texts = {name: value if isinstance(value, str) else json.dumps(value) for name, value in body.items()}
+    return {}, FileUpload.of(file, texts)
 
 
 def _identified(fields: Mapping[str, Any], member: str) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import random
 import uuid
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import AsyncIterator, Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
@@ -30,6 +30,20 @@ RETRIED_STATUSES = frozenset({429, 502, 503, 504})
 _IDEMPOTENT = frozenset({"GET", "HEAD", "OPTIONS", "PUT", "DELETE"})
 
 
+class Upload(Protocol):
+    """A body that is read from disk while it is sent; each call begins anew."""
+
+    @property
+    def length(self) -> int:
+        """Bytes of the whole."""
+
+    def chunks(self) -> Iterator[bytes]:
+        """The body."""
+
+    def achunks(self) -> AsyncIterator[bytes]:
+        """The body, for asyncio."""
+
+
 @dataclass(frozen=True, slots=True)
 class Request:
     """One request, relative to the base URL."""
@@ -40,6 +54,8 @@ class Request:
     query: Mapping[str, str] = field(default_factory=dict)
     headers: Mapping[str, str] = field(default_factory=dict)
     body: bytes | None = None
+    upload: Upload | None = None
+    """A file to send, instead of a body."""
     hold: float = 0.0
     """Seconds that the service may hold the answer (`Prefer: wait`); the read timeout is longer by as much."""
     accepted: frozenset[int] = frozenset()
@@ -99,9 +115,14 @@ def post(
     *,
     hold: float = 0.0,
     idempotency_key: str | None = None,
+    headers: Mapping[str, str] | None = None,
 ) -> Request:
     """A POST with a JSON body. Its key makes a repeated one harmless: the service answers with the same job."""
-    headers = {"Idempotency-Key": idempotency_key or uuid.uuid4().hex, "Content-Type": "application/json"}
+    headers = {
+        "Idempotency-Key": idempotency_key or uuid.uuid4().hex,
+        "Content-Type": "application/json",
+        **(headers or {}),
+    }
     if hold > 0:
         headers["Prefer"] = f"wait={hold:.0f}"
     try:

@@ -11,6 +11,8 @@ from bathyscope import _operations, types
 from bathyscope._connection import AsyncConnection, Connection
 from bathyscope._http import Operation, Retry
 from bathyscope._objects import (
+    Adapter,
+    AsyncAdapter,
     AsyncExtraction,
     AsyncPrediction,
     AsyncProbe,
@@ -25,12 +27,14 @@ from bathyscope._progress import progress_bar
 R = TypeVar("R")
 
 _KINDS: dict[str, type[BaseModel]] = {
+    "adapter": Adapter,
     "extraction": Extraction,
     "probe": Probe,
     "prediction": Prediction,
     "model": types.Model,
 }
 _ASYNC_KINDS: dict[str, type[BaseModel]] = {
+    "adapter": AsyncAdapter,
     "extraction": AsyncExtraction,
     "probe": AsyncProbe,
     "prediction": AsyncPrediction,

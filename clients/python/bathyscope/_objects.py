@@ -14,6 +14,7 @@ from pydantic import BaseModel, PrivateAttr
 
 from bathyscope import _operations, types
 from bathyscope._connection import AsyncConnection, Connection
+from bathyscope._export import export
 from bathyscope._fields import InputLike, PredictFields, Reference, predict_body
 from bathyscope._http import Operation, Retry, path
 from bathyscope._progress import Report, progress_bar
@@ -129,7 +130,8 @@ class Extraction(_Extraction):
         rows: Rows | None = None,
         path: str | os.PathLike[str] | None = None,
     ) -> NDArray[Any]:
-        """The states, `(inputs, layers, hidden)`; with pooling none `(tokens, layers, hidden)`.
+        """The states, `(inputs, layers, hidden)`; with pooling none `(tokens, layers, hidden)`; of a paired extraction
+        with an axis of variants before these.
 
         `layers` (layer numbers as they were asked for) and `rows` (inputs) fetch a part. More than 32 MB is streamed to
         disk and mapped; `path` names a safetensors file to keep, otherwise the space is free again with the last array.
@@ -208,6 +210,40 @@ class AsyncExtraction(_Extraction):
 
     async def delete(self) -> None:
         """Delete the extraction from the service."""
+        await self._connection.run(_operations.delete(self._path, self._connection.retry))
+
+
+class _Adapter(types.Adapter, Bound):
+    @property
+    def _path(self) -> str:
+        return path("v1", "adapters", self.id)
+
+
+class Adapter(_Adapter):
+    """An adapter that the service holds."""
+
+    _connection: Connection = PrivateAttr()
+
+    def export(self, path: str | os.PathLike[str]) -> Path:
+        """Write the adapter as PEFT loads it: a folder, or a tar file when `path` ends in `.tar`."""
+        return self._connection.run(export(self._path, self._connection.retry, path))
+
+    def delete(self) -> None:
+        """Delete the adapter from the service."""
+        self._connection.run(_operations.delete(self._path, self._connection.retry))
+
+
+class AsyncAdapter(_Adapter):
+    """An adapter that the service holds."""
+
+    _connection: AsyncConnection = PrivateAttr()
+
+    async def export(self, path: str | os.PathLike[str]) -> Path:
+        """As `Adapter.export`."""
+        return await self._connection.run(export(self._path, self._connection.retry, path))
+
+    async def delete(self) -> None:
+        """Delete the adapter from the service."""
         await self._connection.run(_operations.delete(self._path, self._connection.retry))
 
 

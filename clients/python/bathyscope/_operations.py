@@ -27,6 +27,7 @@ from bathyscope._http import (
     post,
     public,
 )
+from bathyscope._upload import FileUpload
 from bathyscope.errors import (
     BathyscopeError,
     Expired,
@@ -94,10 +95,19 @@ def submit(
     *,
     wait: float = 0.0,
     idempotency_key: str | None = None,
+    headers: Mapping[str, str] | None = None,
+    upload: FileUpload | None = None,
 ) -> Operation[types.Job]:
-    """POST what makes a job. `wait`: seconds that the service may hold the answer until the job has ended."""
+    """POST what makes a job. `wait`: seconds that the service may hold the answer until the job has ended.
+
+    With an `upload` that is sent instead of the body.
+    """
     hold = max(0.0, min(wait, LONGEST_HOLD))
-    answer = yield from exchange(post(target, body, hold=hold, idempotency_key=idempotency_key), retry)
+    request = post(target, body, hold=hold, idempotency_key=idempotency_key, headers=headers)
+    if upload is not None:
+        typed = {**request.headers, "Content-Type": upload.content_type}
+        request = replace(request, headers=typed, body=None, upload=upload)
+    answer = yield from exchange(request, retry)
     return answer.decode(types.Job)
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Unpack
 
 from bathyscope import _operations, types
 from bathyscope._connection import Connection
 from bathyscope._fields import (
+    AdapterFields,
     ExtractionFields,
     InputLike,
     LoadFields,
@@ -23,7 +25,7 @@ from bathyscope._fields import (
 )
 from bathyscope._http import path
 from bathyscope._jobs import JobHandle
-from bathyscope._objects import Extraction, Prediction, Probe, Resource, bind
+from bathyscope._objects import Adapter, Extraction, Prediction, Probe, bind
 
 
 class _Namespace:
@@ -31,9 +33,15 @@ class _Namespace:
         self._connection = connection
 
     def _submit(
-        self, target: str, body: Mapping[str, Any], wait: float = 0.0, idempotency_key: str | None = None
+        self,
+        target: str,
+        body: Mapping[str, Any],
+        wait: float = 0.0,
+        idempotency_key: str | None = None,
+        **rest: Any,
     ) -> JobHandle[Any]:
-        operation = _operations.submit(target, body, self._connection.retry, wait=wait, idempotency_key=idempotency_key)
+        retry = self._connection.retry
+        operation = _operations.submit(target, body, retry, wait=wait, idempotency_key=idempotency_key, **rest)
         return JobHandle(self._connection, self._connection.run(operation))
 
     def _get(self, model: type[Any], target: str) -> Any:
@@ -75,26 +83,33 @@ class Adapters(_Namespace):
     def create(
         self,
         *,
-        source: str,
-        base_model: str | None = None,
-        name: str | None = None,
-        metadata: Mapping[str, Any] | None = None,
-    ) -> JobHandle[Resource]:
-        """Have the service fetch an adapter: `tinker://…`, `hf://…`, `s3://…` or `file://…`."""
-        return self._submit(path("v1", "adapters"), adapter_body(source, base_model, name, metadata))
+        source: str | None = None,
+        file: str | os.PathLike[str] | None = None,
+        wait: float = 0.0,
+        idempotency_key: str | None = None,
+        **fields: Unpack[AdapterFields],
+    ) -> JobHandle[Adapter]:
+        """Have the service fetch an adapter (`source`: `tinker://…`, `hf://…`, `s3://…` or `file://…`), or send it one
+        (`file`: a tar, tar.gz or zip here); the other fields are those of `types.AdapterFields`.
 
-    def get(self, adapter_id: str) -> Resource:
+        With a source of Tinker or the hub the client's `tinker_api_key` or `hf_token` goes along, for this job alone.
+        """
+        body, upload = adapter_body(source, file, fields)
+        headers = self._connection.target.credentials(source or "")
+        return self._submit(path("v1", "adapters"), body, wait, idempotency_key, headers=headers, upload=upload)
+
+    def get(self, adapter_id: str) -> Adapter:
         """One adapter."""
-        adapter: Resource = self._get(Resource, path("v1", "adapters", adapter_id))
+        adapter: Adapter = self._get(Adapter, path("v1", "adapters", adapter_id))
         return adapter
 
     def delete(self, adapter_id: str) -> None:
         """Delete an adapter."""
         self._delete(path("v1", "adapters", adapter_id))
 
-    def list(self, limit: int | None = None) -> Iterator[Resource]:
+    def list(self, limit: int | None = None) -> Iterator[Adapter]:
         """One's adapters, newest first."""
-        return self._list(Resource, path("v1", "adapters"), limit)
+        return self._list(Adapter, path("v1", "adapters"), limit)
 
 
 class Extractions(_Namespace):

@@ -348,12 +348,14 @@ def selection(layers: str | Iterable[Any] | None, rows: range | slice | int | st
 
 
 def per_input(states: NDArray[Any], offsets: NDArray[Any] | None) -> Iterator[NDArray[Any]]:
-    """Views, one an input: of pooled states `(layers, hidden)`, else `(tokens of the input, layers, hidden)`."""
+    """Views, one an input: of pooled states `(layers, hidden)`, else `(tokens of the input, layers, hidden)`; of a
+    paired extraction with the axis of variants before that."""
     if offsets is None:
-        yield from states
+        for index in range(states.shape[-3]):
+            yield states[..., index, :, :]
         return
     for begin, end in itertools.pairwise(offsets):
-        yield states[begin:end]
+        yield states[..., begin:end, :, :]
 
 
 def array_of(tensors: Tensors, name: str) -> Operation[NDArray[Any]]:

@@ -40,13 +40,27 @@
         │   ├── AdapterUnsupported   422  adapter-unsupported
         │   ├── AdapterValuesInvalid  422  adapter-values-invalid
         │   └── AdapterWeightsMalformed  422  adapter-weights-malformed
+        ├── AdapterSourceForbidden   403  adapter-source-forbidden  (by the operator, or by the place itself)
+        │   └── TinkerExportOff      403  tinker-export-off      (the operator does not allow the billed session)
+        ├── AdapterSourceMissing     404  adapter-source-missing
+        │   └── TinkerNotFound       404  tinker-not-found
+        ├── TinkerBilling            402  tinker-billing
+        ├── TinkerKeyRefused         403  tinker-key-refused
+        ├── TinkerForbidden          403  tinker-forbidden
+        ├── TinkerBaseRetired        422  tinker-base-retired
+        ├── TinkerNotDownloadable    422  tinker-not-downloadable  (a sampler checkpoint alone)
         ├── HeadersTooLarge          431  headers-too-large
         ├── LaneFull                 429  lane-full
         ├── QuotaExceeded            429  quota-exceeded
         ├── InternalError            500  internal-error
         ├── NotBuilt                 501  not-built
+        ├── TinkerNotSetUp           503  tinker-not-set-up      (a key or the package is missing)
+        ├── PeftMissing              503  peft-missing           (the worker lacks the package)
         ├── Unavailable              503  unavailable            (Redis or the store is out of reach)
-        │   └── OutOfSpace           503  out-of-space           (a disk or Redis' memory is full)
+        │   ├── OutOfSpace           503  out-of-space           (a disk or Redis' memory is full)
+        │   ├── AdapterSourceOutOfReach  502  adapter-source-out-of-reach
+        │   ├── TinkerOutOfReach     502  tinker-out-of-reach    (no answer, or none that can be read)
+        │   └── TinkerRateLimited    429  tinker-rate-limited
         └── of failed jobs only (the status is what the same fault would have answered at submission)
             ├── ModelLoadFailed      500  model-load-failed
             ├── OutOfMemory          500  out-of-memory
@@ -368,6 +382,60 @@ class AdapterWeightsMalformed(AdapterInvalid):
     slug, status, title = "adapter-weights-malformed", 422, "The adapter's weights file is malformed"
 
 
+class AdapterSourceForbidden(ProblemError):
+    """The operator does not allow an adapter's source, or the place itself does not let this credential in."""
+
+    slug, status, title = "adapter-source-forbidden", 403, "The source is not allowed"
+
+
+class TinkerExportOff(AdapterSourceForbidden):
+    """A training checkpoint is fetched through a billed session of Tinker, which the operator has not allowed."""
+
+    slug, status, title = "tinker-export-off", 403, "Training checkpoints are not fetched here"
+
+
+class AdapterSourceMissing(ProblemError):
+    """There is nothing at an adapter's source; `detail` says what is."""
+
+    slug, status, title = "adapter-source-missing", 404, "There is no such source"
+
+
+class TinkerNotFound(AdapterSourceMissing):
+    """Tinker has no such run or checkpoint, or it is another account's."""
+
+    slug, status, title = "tinker-not-found", 404, "Tinker has no such checkpoint"
+
+
+class TinkerBilling(ProblemError):
+    """The account of the Tinker key is paused for billing."""
+
+    slug, status, title = "tinker-billing", 402, "Tinker asks for payment"
+
+
+class TinkerKeyRefused(ProblemError):
+    """Tinker does not accept the key."""
+
+    slug, status, title = "tinker-key-refused", 403, "Tinker refused the key"
+
+
+class TinkerForbidden(ProblemError):
+    """Tinker accepts the key and does not permit what was asked."""
+
+    slug, status, title = "tinker-forbidden", 403, "Tinker does not permit it"
+
+
+class TinkerBaseRetired(ProblemError):
+    """A checkpoint's base model is retired at Tinker, so that no session can be started on it."""
+
+    slug, status, title = "tinker-base-retired", 422, "Tinker has retired the base model"
+
+
+class TinkerNotDownloadable(ProblemError):
+    """A sampler checkpoint without a sibling that can be downloaded; `exists` names what the run has."""
+
+    slug, status, title = "tinker-not-downloadable", 422, "This checkpoint cannot be downloaded"
+
+
 class DependencyFailed(ProblemError):
     """A job that this one waited for did not succeed."""
 
@@ -440,6 +508,18 @@ class NotBuilt(ProblemError):
     slug, status, title = "not-built", 501, "Not offered by this version"
 
 
+class TinkerNotSetUp(ProblemError):
+    """What is needed to ask Tinker is missing, a key or the `tinker` package; `detail` says which."""
+
+    slug, status, title = "tinker-not-set-up", 503, "Tinker is not set up here"
+
+
+class PeftMissing(ProblemError):
+    """The worker lacks the `peft` package."""
+
+    slug, status, title = "peft-missing", 503, "PEFT is not installed"
+
+
 class Unavailable(ProblemError):
     """Redis or the artifact store is out of reach."""
 
@@ -450,6 +530,24 @@ class OutOfSpace(Unavailable):
     """A disk, or the memory of Redis, has no room for more work."""
 
     slug, status, title = "out-of-space", 503, "No room for more work"
+
+
+class AdapterSourceOutOfReach(Unavailable):
+    """The place that an adapter comes from did not answer, or the transfer broke too often."""
+
+    slug, status, title = "adapter-source-out-of-reach", 502, "The source cannot be reached"
+
+
+class TinkerOutOfReach(Unavailable):
+    """Tinker's service did not answer in time, or not with what was asked for."""
+
+    slug, status, title = "tinker-out-of-reach", 502, "Tinker cannot be reached"
+
+
+class TinkerRateLimited(Unavailable):
+    """Tinker answered that there were too many requests, as long as was waited."""
+
+    slug, status, title = "tinker-rate-limited", 429, "Tinker asks to slow down"
 
 
 def _all_problems(root: type[ProblemError]) -> dict[str, type[ProblemError]]:

@@ -8,6 +8,8 @@ The manifest in the store is the truth. Redis holds, below `{namespace}:res`, wh
     sizes, bytes           bytes of each resource and of each owner
     tomb:<id>              owner of one that expired
     gone:<id>              it was deleted within the last hour
+
+and what adapters share and claim (`Shelf`).
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from redis.asyncio import Redis, RedisCluster
 
 from bathyscope.errors import InvalidRequest
 from bathyscope_backplane.artifacts._resource import Resource, manifest_key
+from bathyscope_backplane.artifacts._shelf import SHELF, Claim, Shelf, dump
 from bathyscope_backplane.artifacts._store import ArtifactStore
 from bathyscope_backplane.broker import answer
 from bathyscope_backplane.scripts import SmallScript
@@ -56,22 +59,29 @@ class Catalogue:
         self._store = store
         self._prefix = f"{{{namespace}}}:res"
         self._tombstone_seconds = max(1, int(tombstone_days * 86_400))  # Redis refuses 0
+        self.shelf = Shelf(redis, self._prefix, self._ask)
 
     async def commit(self, resource: Resource) -> Resource:
         """Make a resource visible, or return the one that another attempt of the same job committed first.
 
-        The loser's blobs are removed.
+        The loser's blobs are removed, unless they may be others' too.
         """
         if not await self._store.commit(resource.manifest_key, resource.dump()):
             winner = await self.committed(resource.id)
             if winner is not None:
                 kept = {blob.key for blob in winner.blobs.values()}
                 for blob in resource.blobs.values():
-                    if blob.key not in kept:
+                    if blob.key not in kept and not blob.key.startswith(SHELF):
                         await self._store.delete(blob.key)
                 resource = winner
         await self.index(resource)
         return resource
+
+    async def drop(self, resource: Resource) -> None:
+        """Remove the blobs of a resource that is not committed, those that may be others' apart."""
+        for blob in resource.blobs.values():
+            if not blob.key.startswith(SHELF):
+                await self._store.delete(blob.key)
 
     async def committed(self, resource_id: str) -> Resource | None:
         """The resource as the store knows it: the truth, slower than `get`."""
@@ -80,6 +90,7 @@ class Catalogue:
 
     async def index(self, resource: Resource) -> Entered:
         """Enter a committed resource into Redis; once or many times makes no difference."""
+        shelved = _shelved(resource)
         outcome: int = await self._ask(
             _INDEX(
                 self._redis,
@@ -91,6 +102,9 @@ class Catalogue:
                 "" if resource.expires_ms is None else resource.expires_ms,
                 resource.bytes,
                 resource.dump(),
+                resource.job,
+                *(shelved or ("", "")),
+                dump(resource.blobs) if shelved else "",
             )
         )
         return _ENTERED[outcome]
@@ -166,9 +180,14 @@ class Catalogue:
                 self._tombstone_seconds if expired else 0,
             )
         )
+        shelved, alone = _shelved(resource), True
+        if shelved:
+            claim = Claim(resource.id, resource.job)
+            alone = await self.shelf.release([claim], resource.owner, *shelved, resource.blobs["weights"].key)
         await self._store.delete(resource.manifest_key)
         for blob in resource.blobs.values():
-            await self._store.delete(blob.key)
+            if alone:
+                await self._store.delete(blob.key)
         await self._ask(self._redis.zrem(f"{self._prefix}expiry", resource.id))
 
     async def sweep(self, limit: int = 100) -> int:
@@ -191,6 +210,13 @@ class Catalogue:
     async def _ask(self, awaitable: Awaitable[Any]) -> Any:
         """A reply of Redis; raises `errors.Unavailable`."""
         return await answer(awaitable, _PATIENCE_S)
+
+
+def _shelved(resource: Resource) -> tuple[str, str] | None:
+    """Digest and name of an adapter, null for anything else."""
+    if resource.kind != "adapter" or "weights" not in resource.blobs:
+        return None
+    return str(resource.body["digest"]), str(resource.body.get("name") or "")
 
 
 def _encode_cursor(entry: tuple[str, int]) -> str:

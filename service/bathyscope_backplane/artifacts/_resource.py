@@ -10,6 +10,7 @@ from typing import Any
 
 import orjson
 
+from bathyscope_backplane.artifacts._shelf import ROLES, SHELF
 from bathyscope_backplane.artifacts._store import Blob
 from bathyscope_backplane.ids import KIND_PREFIX, is_id
 
@@ -146,7 +147,10 @@ def read_manifest(key: str, data: bytes_) -> Resource:
     blobs = document.pop("blobs")
     if not isinstance(blobs, dict):
         raise BrokenManifest("its blobs are no object")
-    return Resource(**document, blobs={role: _blob(resource_id, entry) for role, entry in blobs.items()})
+    if kind == "adapter":
+        return Resource(**document, blobs=_shelved(document["body"], blobs))
+    own = f"blobs/{resource_id}/"
+    return Resource(**document, blobs={role: _blob(own, entry) for role, entry in blobs.items()})
 
 
 def _check_times(created_ms: object, expires_ms: object) -> None:
@@ -156,12 +160,26 @@ def _check_times(created_ms: object, expires_ms: object) -> None:
         raise BrokenManifest("it expires at no time")
 
 
-def _blob(resource_id: str, entry: object) -> Blob:
+def _shelved(body: Mapping[str, Any], blobs: Mapping[str, object]) -> dict[str, Blob]:
+    """The files of an adapter: one folder below its digest, which others of that digest may share."""
+    digest = body.get("digest")
+    if not isinstance(digest, str) or not _DIGEST.fullmatch(digest) or set(blobs) != set(ROLES):
+        raise BrokenManifest("it has not the files of an adapter, or no digest")
+    found = {role: _blob(f"{SHELF}{digest}/", entry, name=ROLES[role]) for role, entry in blobs.items()}
+    if len({blob.key.rpartition("/")[0] for blob in found.values()}) != 1:
+        raise BrokenManifest("its files lie in two folders")
+    return found
+
+
+def _blob(own: str, entry: object, *, name: str | None = None) -> Blob:
+    """A blob below `own`; with a `name`, in a folder there and under that name."""
     if not isinstance(entry, Mapping) or set(entry) != {"key", "bytes", "sha256"}:
         raise BrokenManifest("a blob has not the fields of one")
     key, size, digest = entry["key"], entry["bytes"], entry["sha256"]
-    own = f"blobs/{resource_id}/"
-    if not isinstance(key, str) or not key.startswith(own) or not _FILE.fullmatch(key.removeprefix(own)):
+    rest = key.removeprefix(own) if isinstance(key, str) and key.startswith(own) else ""
+    if name is not None:
+        rest = rest.removesuffix(f"/{name}") if rest.endswith(f"/{name}") else ""
+    if not _FILE.fullmatch(rest):
         raise BrokenManifest("a blob lies elsewhere than below its own id")
     if type(size) is not int or not 0 <= size < _LARGEST:
         raise BrokenManifest("a blob has no size")

@@ -219,9 +219,11 @@ class ArtifactStore:
             await self._run(obstore.delete_async(self._store, key))
         except FileNotFoundError:
             return
-        if self._folder is not None and key.startswith("blobs/"):
+        if self._folder is not None and key.startswith(("blobs/", "adapters/")):
             with suppress(OSError):  # another blob of the resource is in it
                 (self._folder / key).parent.rmdir()
+                if key.startswith("adapters/"):
+                    (self._folder / key).parent.parent.rmdir()
 
     async def entries(self, prefix: str) -> AsyncIterator[Entry]:
         """Every object below a prefix, those of one folder together."""

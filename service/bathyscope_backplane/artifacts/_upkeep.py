@@ -3,9 +3,10 @@
 Manifests are the truth and everything follows from them, so all of this may run beside a working service and may be
 cut short and begun again. What is not understood is named and left alone.
 
-An orphan is a blob that no manifest names, or inputs of a job that the queue does not know. Every blob is one for a
-while, between its upload and the commit of its manifest, so only those older than a grace are removed, each after
-one more look at the manifest that might name it by now.
+An orphan is a blob that no manifest names, or inputs of a job that the queue does not know. A folder of an adapter's
+files is one when no manifest names it and every job that brought it or has a share in it has come to its end.
+Every blob is one for a while, between its upload and the commit of its manifest, so only those older than a grace are
+removed, each after one more look at the manifest that might name it by now.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from bathyscope_backplane.artifacts._resource import (
     place_of,
     read_manifest,
 )
+from bathyscope_backplane.artifacts._shelf import ROLES, SHELF, Shelf
 from bathyscope_backplane.artifacts._store import ArtifactStore, Entry
 from bathyscope_backplane.ids import KIND_PREFIX, is_id
 
@@ -34,6 +36,8 @@ _AT_ONCE = 16
 """Manifests that are read at the same time."""
 
 _LARGEST_MANIFEST = 64 * 2**20
+
+_WEIGHTS = ROLES["weights"]
 
 _NAMED = 1000
 """Faults that are named; beyond that they are counted."""
@@ -90,7 +94,10 @@ async def rebuild(
     store: ArtifactStore, catalogue: Catalogue, tell: Callable[[Rebuilt], None] = lambda found: None
 ) -> Rebuilt:
     """Enter every good resource of the store into Redis. `tell` hears how far it is, after each manifest."""
-    return await _walk(store, catalogue, tell)
+    await catalogue.shelf.rebuilding(True)
+    found = await _walk(store, catalogue, tell)
+    await catalogue.shelf.rebuilding(False)  # a rebuild that was cut short leaves it: another one is due
+    return found
 
 
 async def check(store: ArtifactStore, tell: Callable[[Rebuilt], None] = lambda found: None) -> Rebuilt:
@@ -104,14 +111,21 @@ async def sweep(
     *,
     grace_s: float,
     dry_run: bool = False,
+    shelf: Shelf | None = None,
+    job_open: Callable[[str], Awaitable[bool]] | None = None,
 ) -> Swept:
-    """Remove orphans that were put longer than `grace_s` ago, by the store's clock."""
+    """Remove orphans that were put longer than `grace_s` ago, by the store's clock.
+
+    `job_open` says whether a job may go on; with it and the `shelf`, adapters' files are swept too.
+    """
     swept = Swept()
     before_ms = time.time() * 1000 - grace_s * 1000
     await _sweep_blobs(store, swept, before_ms, dry_run)
+    if shelf is not None and job_open is not None:
+        await _sweep_shelf(store, shelf, job_open, swept, before_ms, dry_run)
     async for entry in store.entries("inputs/"):
-        job_id = entry.key.removeprefix("inputs/").removesuffix(".jsonl")
-        if entry.key != f"inputs/{job_id}.jsonl" or not is_id(job_id, "job"):
+        job_id, _, suffix = entry.key.removeprefix("inputs/").partition(".")
+        if suffix not in ("jsonl", "archive") or not is_id(job_id, "job"):
             swept.foreign += 1
         elif not await job_known(job_id):
             if entry.modified_ms >= before_ms:
@@ -232,6 +246,54 @@ async def _sweep_group(
             swept.bytes += entry.bytes
             if not dry_run:
                 await store.delete(entry.key)
+
+
+async def _sweep_shelf(
+    store: ArtifactStore,
+    shelf: Shelf,
+    job_open: Callable[[str], Awaitable[bool]],
+    swept: Swept,
+    before_ms: float,
+    dry_run: bool,
+) -> None:
+    folders: dict[str, list[Entry]] = {}
+    async for entry in store.entries(SHELF):
+        parts = entry.key.split("/")
+        if len(parts) != 4 or not is_id(parts[2].partition(".")[0], "job"):
+            swept.foreign += 1
+        else:
+            folders.setdefault("/".join(parts[:3]), []).append(entry)
+    old = {key: files for key, files in folders.items() if all(entry.modified_ms < before_ms for entry in files)}
+    unnamed = old and await _unnamed(store, set(old))
+    swept.young += len(folders) - len(old)
+    for folder in sorted(unnamed):
+        _, digest, name = folder.split("/")
+        weights = f"{folder}/{_WEIGHTS}"
+        holders = await shelf.holders(weights)
+        jobs = {name.partition(".")[0], *(holder.job for holder in holders)}
+        if any([await job_open(job) for job in jobs]):
+            swept.young += 1
+            continue
+        if dry_run:
+            gone = True
+        else:
+            dead = [holder for holder in holders if await store.size(manifest_key(holder.id)) is None]
+            # Whose claims these were is not known here; those of ended jobs do not count when they are met.
+            gone = await shelf.release(dead, "", digest, None, weights)
+        if gone:
+            swept.blobs += len(old[folder])
+            swept.bytes += sum(entry.bytes for entry in old[folder])
+            for entry in () if dry_run else old[folder]:
+                await store.delete(entry.key)
+
+
+async def _unnamed(store: ArtifactStore, folders: set[str]) -> set[str]:
+    """Those that no manifest of an adapter names. Of one that cannot be read, what stands in it counts as named."""
+    async for key in store.keys(MANIFESTS):
+        if folders and key.startswith(f"{MANIFESTS}ad_"):
+            data = await store.get(key) or b""
+            folders -= {folder for folder in folders if folder.encode() in data}
+    return folders
 
 
 def _resource_id(entry: Entry) -> str | None:

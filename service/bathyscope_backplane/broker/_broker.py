@@ -10,6 +10,8 @@ of the worker is a compare-and-set on it, so whoever lost a job learns so and ch
            └──► waiting ──────┘  └────────────────────┘ └──► delayed ──► ready (reap)
                                                         └──► failed (and a dead letter when attempts ran out)
 
+A running job of two parts is handed over (`move`): it is ready again, in another lane.
+
 Every method is one round trip. Each may be sent twice, as a connection that breaks before the answer does: the
 second is answered like the first. All of them raise `errors.Unavailable` when Redis is out of reach.
 """
@@ -194,6 +196,14 @@ class Broker(Reader):
                 scripts.postpone(self._link, **_named(ref), problem=json.dumps(dict(problem)), jitter=random.random())
             )
         )
+
+    async def move(self, ref: LeaseRef, *, lane: str, payload: str) -> bool:
+        """Hand the job over to another lane, with what it needs there; the attempt goes on and counts once.
+
+        Its credentials are erased: they were for the part of the work that is done. The lane's own bound does not hold
+        the job up, since it was accepted long ago. False: the lease is lost.
+        """
+        return bool(await self._answer(scripts.move(self._link, **_named(ref), lane=lane, payload=payload)))
 
     async def cancel(self, job_id: str) -> Cancelled:
         """End a queued job now, with the jobs that need it; ask the worker of a running one to stop."""

@@ -83,6 +83,11 @@ class Reader:
         """Whether there is a record of the job."""
         return bool(await self._read(self.redis.exists(f"{self.prefix}job:{job_id}")))
 
+    async def may_run(self, job_id: str) -> bool:
+        """Whether the job has not ended, or may be replayed: it still needs what was put by for it."""
+        values = await self._read(self.redis.hmget(f"{self.prefix}job:{job_id}", ["state", "dead_letter"]))
+        return values[0] is not None and (values[0] != "ended" or values[1] == "1")
+
     async def payload(self, job_id: str) -> str | None:
         """What the job was submitted with; None when it is gone: after success, cancel and expiry it is dropped."""
         payload: str | None = await self._read(self.redis.hget(f"{self.prefix}job:{job_id}", "payload"))

@@ -82,6 +82,11 @@ def release(*, id: str, worker: str, token: str, reason: str) -> int:
 
 
 @lua(allow_oom=True)
+def move(*, id: str, worker: str, token: str, lane: str, payload: str) -> int:
+    """Hand a leased job over to another lane, with another payload."""
+
+
+@lua(allow_oom=True)
 def cancel(*, id: str) -> str:
     """End a queued job, or ask the worker of a running one to stop -> what was done."""
 

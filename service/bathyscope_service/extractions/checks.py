@@ -47,7 +47,6 @@ def lane_of(entry: ModelEntry, options: ExtractionOptions) -> str:
 def refuse_unbuilt(body: ExtractionRequest) -> None:
     """Raise `NotBuilt` for the parts of the contract that this version does not offer."""
     later = {
-        "adapter": body.adapter is not None,
         "dataset": body.dataset is not None,
         "score_choices": body.score_choices,
     }
@@ -62,7 +61,7 @@ def wire_rows(inputs: list[Input]) -> list[Any]:
     return [item if isinstance(item, str) else item.model_dump() for item in inputs]
 
 
-def check(entry: ModelEntry, options: ExtractionOptions, inputs: list[Input], limits: Limits) -> int:
+def check(entry: ModelEntry, options: ExtractionOptions, inputs: list[Input], limits: Limits, variants: int = 1) -> int:
     """Refuse what cannot be done, or would be too large, before anything is queued; the result's estimated bytes.
 
     The estimate is 0 while nothing is known of the model.
@@ -82,11 +81,12 @@ def check(entry: ModelEntry, options: ExtractionOptions, inputs: list[Input], li
     if entry.facts is None:
         return 0  # the worker checks again once it knows the model
     layers = len(resolve_layers(options.layers, entry.facts.num_layers))
-    estimate = layers * entry.facts.hidden_size * _ITEM_BYTES[options.dtype] * _vectors(options, inputs, tokens)
+    vectors = variants * _vectors(options, inputs, tokens)
+    estimate = layers * entry.facts.hidden_size * _ITEM_BYTES[options.dtype] * vectors
     if estimate > limits.max_result_bytes:
         raise TooLarge(
             f"The result is estimated at {estimate:,} bytes and the limit is {limits.max_result_bytes:,}: ask for "
-            "fewer layers or inputs, a pooling other than none, or dtype float16.",
+            "fewer layers, inputs or variants, a pooling other than none, or dtype float16.",
             estimate=estimate,
             limit=limits.max_result_bytes,
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from typing import Annotated
 
 from fastapi import APIRouter, Depends, Query, Request
@@ -13,6 +12,8 @@ from bathyscope import errors
 from bathyscope.types import Extraction, ExtractionRequest, Format, Job, Page
 from bathyscope_backplane.artifacts._store import CHUNK_BYTES
 from bathyscope_backplane.ids import new_id
+from bathyscope_backplane.keys import ApiKey
+from bathyscope_service.adapters.variants import resolve
 from bathyscope_service.bodies import describes, json_body
 from bathyscope_service.context import Caller, Context, Ctx, Held
 from bathyscope_service.extractions.checks import check, lane_of, model_entry, refuse_unbuilt, wire_rows
@@ -21,6 +22,7 @@ from bathyscope_service.jobs.submission import Work, answer, submit, webhook_of
 from bathyscope_service.problems import responses
 from bathyscope_service.resources import (
     begun,
+    byte_range,
     may_be_deleted,
     resource_list,
     resource_of,
@@ -29,8 +31,6 @@ from bathyscope_service.resources import (
 )
 
 router = APIRouter(prefix="/v1/extractions", tags=["extractions"])
-
-_RANGE = re.compile(r"bytes=([0-9]{0,18})-([0-9]{0,18})", re.IGNORECASE)
 
 _BINARY = {"type": "string", "format": "binary"}
 _ETAG = {
@@ -58,6 +58,9 @@ _EXAMPLE = {
         **responses(
             errors.MalformedBody,
             errors.ModelUnknown,
+            errors.NotFound,
+            errors.Expired,
+            errors.AdapterBaseMismatch,
             errors.RequestTimeout,
             errors.TooLarge,
             errors.UnsupportedMedia,
@@ -77,19 +80,21 @@ async def create_extraction(
     body: Annotated[ExtractionRequest, Depends(json_body(ExtractionRequest))],
 ) -> Response:
     """Queue the extraction of hidden states of texts; the job's `resource` is the extraction."""
-    work = await extraction_work(context, body, request.state.body_bytes)
+    work = await extraction_work(context, caller, body, request.state.body_bytes)
     job_id, replayed = await submit(context, request, caller, work)
     return await answer(context, request, caller, work, job_id, replayed)
 
 
-async def extraction_work(context: Context, body: ExtractionRequest, size: int) -> Work:
+async def extraction_work(context: Context, caller: ApiKey, body: ExtractionRequest, size: int) -> Work:
     """The job of a valid request, which came in a body of `size` bytes. Raises what the front end can tell."""
     refuse_unbuilt(body)
     webhook = webhook_of(context, body)
     entry = await model_entry(context, body.model, body.quantization)
     inputs = body.inputs or []
-    estimate = await context.apart(size, check, entry, body, inputs, context.plane.settings.limits)
-    spec = body.model_dump(exclude={"inputs", "dataset", "priority", "webhook"})
+    variants = await resolve(context, caller, body.adapter, entry)
+    many = len(variants.wire)
+    estimate = await context.apart(size, check, entry, body, inputs, context.plane.settings.limits, many)
+    spec = {**body.model_dump(exclude={"inputs", "dataset", "adapter", "priority", "webhook"}), **variants.spec}
     return Work(
         kind="extraction",
         lane=lane_of(entry, body),
@@ -98,7 +103,7 @@ async def extraction_work(context: Context, body: ExtractionRequest, size: int) 
         request={**body.model_dump(exclude={"inputs", "webhook"}, exclude_defaults=True), "inputs": len(inputs)},
         resource_id=new_id("ext"),
         priority=body.priority,
-        inputs=len(inputs),
+        inputs=len(inputs) * many,
         bytes=estimate,
         webhook=webhook,
     )
@@ -213,31 +218,13 @@ async def get_hidden_states(
     if pieces.contiguous:
         headers["Accept-Ranges"] = "bytes"
         if request.headers.get("if-range", etag) == etag:
-            start, end, status = _range(request.headers.get("range"), len(pieces))
+            start, end, status = byte_range(request.headers.get("range"), len(pieces))
         if status == 206:
             headers["Content-Range"] = f"bytes {start}-{end - 1}/{len(pieces)}"
     headers["Content-Length"] = str(end - start)
     memory.hold(min(end - start, 2 * CHUNK_BYTES))
     with may_be_deleted(resource):
         return StreamingResponse(await begun(pieces.stream(start, end)), status, headers, media_type)
-
-
-def _range(header: str | None, length: int) -> tuple[int, int, int]:
-    """First byte, byte after the last, and status, for one range (RFC 9110); several are answered whole."""
-    found = _RANGE.fullmatch(header.strip()) if header is not None else None
-    if found is None or not (found[1] or found[2]):
-        return 0, length, 200
-    if not found[1]:
-        start, end = max(0, length - int(found[2])), length
-    else:
-        start, end = int(found[1]), min(int(found[2] or length - 1) + 1, length)
-    if start >= end:
-        if found[1] and found[2] and int(found[2]) < int(found[1]):
-            return 0, length, 200  # not a range at all
-        raise errors.RangeUnsatisfiable(
-            f"The representation has {length} bytes; {header} asks for none of them.", length=length
-        )
-    return start, end, 206
 
 
 def _accepted(accept: str) -> Format:

@@ -4,6 +4,8 @@ A representation is a row of pieces, each of known length: bytes that stand for 
 artifact. Whole results and ranges of rows are contiguous in the artifact, so they go from the store to the socket as
 they are. A choice of layers is cut out of pieces of some megabytes. Nothing holds a whole result.
 
+The states of a paired extraction are `[variants, vectors, layers, hidden]`: a run of rows is a piece of each variant.
+
 Formats: safetensors (8 bytes length, JSON header, data), NPY 1.0 (NEP 1), the Arrow IPC stream.
 """
 
@@ -12,8 +14,9 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
+from itertools import chain, product
 from typing import Any
 
 import numpy as np
@@ -42,8 +45,9 @@ STATES_SCHEMA = {
         "rows": {**_INTEGERS, "description": "First and last input, inclusive."},
         "hidden_states": {
             "type": "array",
-            "items": {"type": "array", "items": {"type": "array", "items": {"type": ["number", "null"]}}},
-            "description": "`[inputs, layers, hidden]`; null stands for what JSON cannot say.",
+            "items": {"type": "array", "items": {"type": "array"}},
+            "description": "`[inputs, layers, hidden]`, of a paired extraction `[variants, inputs, layers, hidden]`; "
+            "null stands for what JSON cannot say.",
         },
         "token_ids": {**_INTEGERS, "description": "Of all inputs, one after the other."},
         "offsets": {**_INTEGERS, "description": "Where each input's tokens begin, and their end."},
@@ -101,9 +105,23 @@ class Tensor:
     """Byte after the last."""
 
     @property
+    def vectors(self) -> int:
+        """Entries of the axis before layers and hidden: inputs, or tokens."""
+        return self.shape[-3]
+
+    @property
+    def variants(self) -> int:
+        """Entries of the axis before that, where there is one."""
+        return self.shape[0] if len(self.shape) == 4 else 1
+
+    @property
     def row_bytes(self) -> int:
-        """Bytes of one entry of the first axis."""
-        return (self.end - self.start) // self.shape[0] if self.shape[0] else 0
+        """Bytes of one vector, in all of its layers."""
+        return (self.end - self.start) // (self.variants * self.vectors) if self.vectors else 0
+
+    def place(self, variant: int, vector: int) -> int:
+        """Where a vector of a variant begins in the file."""
+        return self.start + (variant * self.vectors + vector) * self.row_bytes
 
 
 class States:
@@ -165,7 +183,7 @@ class States:
         np.lib.format.write_array_header_1_0(
             head, {"descr": _NUMPY[states.dtype].str, "fortran_order": False, "shape": tuple(shape)}
         )
-        return Pieces(self._store, self._blob.key, [head.getvalue(), self._cut(states, selection, vectors)])
+        return Pieces(self._store, self._blob.key, [head.getvalue(), *self._cuts(states, selection, vectors)])
 
     async def _safetensors(self, selection: Selection) -> Pieces:
         if selection.whole:
@@ -175,10 +193,10 @@ class States:
         tokens = self._tensors["token_ids"]
         states = self._tensors["hidden_states"]
         vectors = await self._vectors(selection)
-        parts: list[bytes | Cut] = [
-            self._cut(states, selection, vectors),
-            Cut(tokens.start + first * 8, tokens.start + last * 8),
-            offsets.astype("<i8").tobytes(),
+        parts: list[list[bytes | Cut]] = [
+            [*self._cuts(states, selection, vectors)],
+            [Cut(tokens.start + first * 8, tokens.start + last * 8)],
+            [offsets.astype("<i8").tobytes()],
         ]
         layers = self._layers if selection.layers is None else [self._layers[index] for index in selection.layers]
         metadata = {
@@ -197,14 +215,16 @@ class States:
             parts,
             strict=True,
         ):
-            header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [position, position + len(part)]}
-            position += len(part)
+            length = sum(map(len, part))
+            header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [position, position + length]}
+            position += length
         text = json.dumps(header).encode()
         text += b" " * (-len(text) % 8)
-        return Pieces(self._store, self._blob.key, [len(text).to_bytes(8, "little") + text, *parts])
+        return Pieces(self._store, self._blob.key, [len(text).to_bytes(8, "little") + text, *chain(*parts)])
 
     async def arrow(self, selection: Selection, limit: int, hold: Hold = nothing) -> AsyncIterator[bytes]:
-        """The Arrow IPC stream, one row an input: `index`, `token_ids`, `hidden_states`.
+        """The Arrow IPC stream, one row an input: `index`, `token_ids`, `hidden_states`; of a paired extraction one for
+        each variant of it, with a column `variant` that counts them, all inputs of one variant before the next.
 
         `hidden_states` is the row's numbers, flat: `[layers, hidden]`, with pooling none `[tokens, layers, hidden]`;
         the shape stands in the schema's metadata. A record batch is made in memory and holds one input at least:
@@ -225,18 +245,24 @@ class States:
     async def _arrow(self, selection: Selection, groups: list[tuple[int, int]]) -> AsyncIterator[bytes]:
         states = self._tensors["hidden_states"]
         layers = len(self._layers) if selection.layers is None else len(selection.layers)
-        width = layers * states.shape[2]
+        width = layers * states.shape[-1]
+        paired = len(states.shape) == 4
         value = pa.from_numpy_dtype(_NUMPY[states.dtype])
         kind = pa.large_list(value) if self._ragged else pa.list_(value, width)
         schema = pa.schema(
-            [("index", pa.int64()), ("token_ids", pa.large_list(pa.int64())), ("hidden_states", kind)],
-            metadata={**self._metadata, "row_shape": json.dumps([-1, layers, states.shape[2]][not self._ragged :])},
+            [
+                *([("variant", pa.int64())] if paired else []),
+                ("index", pa.int64()),
+                ("token_ids", pa.large_list(pa.int64())),
+                ("hidden_states", kind),
+            ],
+            metadata={**self._metadata, "row_shape": json.dumps([-1, layers, states.shape[-1]][not self._ragged :])},
         )
         sink = io.BytesIO()
         with pa.ipc.new_stream(sink, schema) as writer:
-            for first, last in groups:
+            for variant, (first, last) in product(range(states.variants), groups):
                 offsets = await self._offsets(first, last)
-                numbers = await self._array(selection, first, last, offsets)
+                numbers = await self._array(selection, first, last, offsets, variant)
                 ids = await self._numbers("token_ids", int(offsets[0]), int(offsets[-1]))
                 relative = offsets - offsets[0]
                 column = (
@@ -245,9 +271,9 @@ class States:
                     else pa.FixedSizeListArray.from_arrays(pa.array(numbers.reshape(-1)), width)
                 )
                 tokens = pa.LargeListArray.from_arrays(pa.array(relative), pa.array(ids))
-                writer.write_batch(
-                    pa.record_batch([pa.array(range(first, last), pa.int64()), tokens, column], schema=schema)
-                )
+                counts = [pa.array([variant] * (last - first), pa.int64())] if paired else []
+                index = pa.array(range(first, last), pa.int64())
+                writer.write_batch(pa.record_batch([*counts, index, tokens, column], schema=schema))
                 yield sink.getvalue()
                 sink.seek(0)
                 sink.truncate()
@@ -262,7 +288,7 @@ class States:
         vectors = await self._vectors(selection)
         shape = self._shape(selection, vectors)
         low, high = await self._tokens(*selection.rows)
-        size = int(np.prod(shape)) * _NUMPY[states.dtype].itemsize + 8 * (high - low + shape[0] + 1)
+        size = int(np.prod(shape)) * _NUMPY[states.dtype].itemsize + 8 * (high - low + shape[-3] + 1)
         if size > limit:
             raise TooLarge(
                 f"The result has {size:,} bytes and JSON is given up to {limit:,}; ask for safetensors, npy or arrow, "
@@ -273,7 +299,8 @@ class States:
         hold(_JSON_TIMES * size)
         first, last = selection.rows
         offsets = await self._offsets(first, last)
-        numbers = await self._array(selection, first, last, offsets)
+        arrays = [await self._array(selection, first, last, offsets, number) for number in range(states.variants)]
+        numbers = np.stack(arrays) if len(shape) == 4 else arrays[0]
         return orjson.dumps(
             {
                 "shape": shape,
@@ -294,18 +321,21 @@ class States:
 
     def _shape(self, selection: Selection, vectors: tuple[int, int]) -> list[int]:
         states = self._tensors["hidden_states"]
-        layers = states.shape[1] if selection.layers is None else len(selection.layers)
-        return [vectors[1] - vectors[0], layers, states.shape[2]]
+        layers = states.shape[-2] if selection.layers is None else len(selection.layers)
+        return [*states.shape[:-3], vectors[1] - vectors[0], layers, states.shape[-1]]
 
-    def _cut(self, states: Tensor, selection: Selection, vectors: tuple[int, int]) -> Cut:
-        start = states.start + vectors[0] * states.row_bytes
-        end = states.start + vectors[1] * states.row_bytes
-        if selection.layers is None:
-            return Cut(start, end)
-        return Cut(start, end, row_bytes=states.row_bytes, parts=states.shape[1], chosen=tuple(selection.layers))
+    def _cuts(self, states: Tensor, selection: Selection, vectors: tuple[int, int]) -> Iterator[Cut]:
+        """What is chosen of each variant."""
+        for variant in range(states.variants):
+            start, end = (states.place(variant, vector) for vector in vectors)
+            if selection.layers is None:
+                yield Cut(start, end)
+            else:
+                chosen = tuple(selection.layers)
+                yield Cut(start, end, row_bytes=states.row_bytes, parts=states.shape[-2], chosen=chosen)
 
     async def _vectors(self, selection: Selection) -> tuple[int, int]:
-        """Entries `[first, last)` of the first axis of the hidden states."""
+        """Vectors `[first, last)`."""
         return await self._tokens(*selection.rows) if self._ragged else selection.rows
 
     async def _tokens(self, first: int, last: int) -> tuple[int, int]:
@@ -323,14 +353,13 @@ class States:
         return np.frombuffer(data, "<i8")
 
     async def _array(
-        self, selection: Selection, first: int, last: int, offsets: np.ndarray[Any, np.dtype[np.int64]]
+        self, selection: Selection, first: int, last: int, offsets: np.ndarray[Any, np.dtype[np.int64]], variant: int
     ) -> np.ndarray[Any, Any]:
-        """The numbers of inputs `[first, last)`: `(vectors, layers, hidden)`."""
+        """The numbers of inputs `[first, last)` of a variant: `(vectors, layers, hidden)`."""
         states = self._tensors["hidden_states"]
         low, high = (int(offsets[0]), int(offsets[-1])) if self._ragged else (first, last)
-        start = states.start + low * states.row_bytes
-        data = await self._store.read(self._blob.key, start, states.start + high * states.row_bytes)
-        whole = np.frombuffer(data, _NUMPY[states.dtype]).reshape(high - low, *states.shape[1:])
+        data = await self._store.read(self._blob.key, states.place(variant, low), states.place(variant, high))
+        whole = np.frombuffer(data, _NUMPY[states.dtype]).reshape(high - low, *states.shape[-2:])
         return whole if selection.layers is None else whole[:, selection.layers]
 
     async def _row_groups(self, selection: Selection) -> list[tuple[int, int, int]]:

@@ -7,6 +7,7 @@ import contextlib
 import hashlib
 import re
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import orjson
@@ -43,6 +44,9 @@ class Work:
 
     rows: list[Any] | None = None
     """One JSON value a row (inputs, labels); in the artifact store when large."""
+
+    archive: Path | None = None
+    """A file that was uploaded; it is moved to the store."""
 
     request: dict[str, Any] = field(default_factory=dict)
     """The summary that clients see."""
@@ -87,13 +91,15 @@ async def _submit(
     payload: dict[str, Any] = {"spec": work.spec}
     if quota.max_bytes is not None:  # where the size was not known here, the worker holds it
         payload["most_bytes"] = max(0, quota.max_bytes - stored)
-    rows_key: str | None = None
+    kept: str | None = None
+    if work.archive is not None:
+        kept = payload["archive_key"] = f"inputs/{job_id}.archive"
+        await plane.store.put_file(kept, work.archive)
     if work.rows is not None:
         lines = await context.apart(request.state.body_bytes, _lines, work.rows)
         if len(lines) > plane.settings.limits.inline_payload_bytes:
-            rows_key = f"inputs/{job_id}.jsonl"
-            await plane.store.put(rows_key, lines)
-            payload["rows_key"] = rows_key
+            kept = payload["rows_key"] = f"inputs/{job_id}.jsonl"
+            await plane.store.put(kept, lines)
         else:
             payload["rows"] = work.rows
     try:
@@ -125,15 +131,15 @@ async def _submit(
     except OutOfSpace:
         with contextlib.suppress(Unavailable):
             if not await plane.broker.knows(job_id):
-                await _drop(context, rows_key)
+                await _drop(context, kept)
         raise
     except Unavailable:
         raise  # whether the job is queued is not known: its rows stay, and the sweep takes those of no job
     except ProblemError:
-        await _drop(context, rows_key)
+        await _drop(context, kept)
         raise
     if submitted.replayed:
-        await _drop(context, rows_key)
+        await _drop(context, kept)
     concerns(request, submitted.id, work.resource_id, *(work.spec.get(name) for name in ("extraction", "probe")))
     return submitted.id, submitted.replayed
 
@@ -148,11 +154,11 @@ def _lines(rows: list[Any]) -> bytes:
     return b"\n".join(orjson.dumps(row) for row in rows)
 
 
-async def _drop(context: Context, rows_key: str | None) -> None:
-    """Remove the rows of a job that was not made; what cannot be removed now is swept later."""
-    if rows_key is not None:
+async def _drop(context: Context, key: str | None) -> None:
+    """Remove the rows, or the archive, of a job that was not made; what cannot be removed now is swept later."""
+    if key is not None:
         with contextlib.suppress(Unavailable):
-            await asyncio.shield(context.plane.store.delete(rows_key))
+            await asyncio.shield(context.plane.store.delete(key))
 
 
 async def answer(

@@ -21,6 +21,7 @@ from bathyscope.types import ExtractionOptions, Identity, PredictRequest, ProbeR
 from bathyscope_backplane.artifacts import Resource
 from bathyscope_backplane.ids import new_id
 from bathyscope_backplane.keys import ApiKey
+from bathyscope_service.adapters.variants import chosen, of_digest, place_of, wire
 from bathyscope_service.context import Context
 from bathyscope_service.extractions.checks import check, lane_of, model_entry, refuse_prompts, resolve_layers, wire_rows
 from bathyscope_service.extractions.endpoints import extraction_work
@@ -46,11 +47,12 @@ async def probe_work(context: Context, request: Request, caller: ApiKey, body: P
     rows: int | None
     if body.data is not None:
         with pointing("/data"):
-            data = await extraction_work(context, body.data, request.state.body_bytes)
+            data = await extraction_work(context, caller, body.data, request.state.body_bytes)
         if body.data.pooling == "none":
             raise _needs_pooling("/data/pooling")
         rows = len(data.rows or [])
         _check_lengths(body, rows)
+        variant = _asked(body.data.adapter, body.variant)
         _check_layers(body, *await _layers_of(context, body.data.model, body.data.layers))
         data.priority = body.priority
         charged, data.inputs = data.inputs, 0  # with the probe's own job, which may still be refused
@@ -66,6 +68,7 @@ async def probe_work(context: Context, request: Request, caller: ApiKey, body: P
         if record.status in ("failed", "cancelled", "expired"):
             raise StateConflict(f"The extraction's job is {record.status}; make the extraction anew.")
         rows, extraction_id, parents = record.request.get("inputs"), record.resource_id, (record.id,)
+        variant = _asked(record.request.get("adapter"), body.variant)
         asked = record.request.get("layers", "all")
         _check_layers(body, *await _layers_of(context, record.request.get("model", ""), asked))
         if record.request.get("pooling") == "none":
@@ -75,6 +78,7 @@ async def probe_work(context: Context, request: Request, caller: ApiKey, body: P
         rows, extraction_id = resource.body["inputs"], resource.id
         if resource.body["pooling"] == "none":
             raise _needs_pooling("/extraction")
+        variant = chosen(resource.body, body.variant)
         _check_layers(body, resource.body["layers"], resource.body["num_layers"])
     if rows is not None:
         _check_lengths(body, rows)
@@ -85,7 +89,7 @@ async def probe_work(context: Context, request: Request, caller: ApiKey, body: P
         Work(
             kind="probe",
             lane="cpu",
-            spec={**spec, "extraction": extraction_id},
+            spec={**spec, "extraction": extraction_id, "variant": variant},
             rows=[list(row) for row in zip(labels, groups, split, strict=True)],
             request={
                 **body.model_dump(exclude={"labels", "groups", "split", "data", "webhook"}, exclude_defaults=True),
@@ -100,6 +104,13 @@ async def probe_work(context: Context, request: Request, caller: ApiKey, body: P
         ),
         made_here,
     )
+
+
+def _asked(adapter: str | list[str] | None, variant: str | None) -> int | None:
+    """The place of a variant among those that an extraction in the making will have; null when it has none."""
+    if isinstance(adapter, list):
+        return place_of(adapter, variant)
+    return chosen({}, variant)
 
 
 async def _submit_parent(
@@ -144,7 +155,6 @@ def _refuse_unbuilt(body: ProbeRequest) -> None:
         f"the estimator {body.estimator}": body.estimator != "logistic",
         "regression": body.task == "regression",
         f"the calibration {body.calibration}": body.calibration != "none",
-        "variant": body.variant is not None,
         "a baseline other than length and shuffled_labels": not set(body.baselines) <= _BUILT_BASELINES,
         "regression, which labels that are not whole numbers mean,": any(
             isinstance(label, float) and not label.is_integer() for label in body.labels
@@ -202,7 +212,9 @@ async def prediction_work(context: Context, caller: ApiKey, probe: Resource, bod
     summary = body.model_dump(exclude={"inputs", "webhook"}, exclude_defaults=True)
     if body.inputs is None:
         resource = await resource_of(context, caller, "extraction", body.extraction or "")
-        spec |= {"extraction": resource.id, "transfer": _compare(probe, identity, resource, transfer=body.transfer)}
+        variant = _variant_for(identity, resource, body.variant)
+        transfer = _compare(probe, identity, resource, variant, transfer=body.transfer)
+        spec |= {"extraction": resource.id, "variant": variant, "transfer": transfer}
         return Work(
             kind="prediction",
             lane="cpu",
@@ -211,6 +223,13 @@ async def prediction_work(context: Context, caller: ApiKey, probe: Resource, bod
             resource_id=new_id("prd"),
             priority=body.priority,
             webhook=webhook,
+        )
+    chosen({}, body.variant)
+    adapter = None
+    if identity.adapter is not None and (adapter := await of_digest(context, probe.owner, identity.adapter)) is None:
+        raise StateConflict(
+            f"The adapter that the probe was trained with ({identity.adapter[:12]}…) was deleted; add it again to read "
+            "new inputs with it."
         )
     options = ExtractionOptions(
         model=identity.model,
@@ -230,7 +249,7 @@ async def prediction_work(context: Context, caller: ApiKey, probe: Resource, bod
     return Work(
         kind="prediction",
         lane=lane_of(entry, options),
-        spec={**options.model_dump(), **spec},
+        spec={**options.model_dump(), **spec, **({"variants": [wire(adapter)], "paired": False} if adapter else {})},
         rows=await context.apart(size, wire_rows, body.inputs),
         request={**summary, "probe": probe.id, "inputs": len(body.inputs)},
         resource_id=new_id("prd"),
@@ -240,7 +259,17 @@ async def prediction_work(context: Context, caller: ApiKey, probe: Resource, bod
     )
 
 
-def _compare(probe: Resource, identity: Identity, resource: Resource, *, transfer: bool) -> bool:
+def _variant_for(identity: Identity, resource: Resource, asked: str | None) -> int | None:
+    """Which variant of an extraction a probe is to read: the one asked for, else the one that has its own adapter."""
+    variants = resource.body.get("variants")
+    if asked is None and variants is not None:
+        own = [number for number, one in enumerate(variants) if one["digest"] == identity.adapter]
+        if own:
+            return own[0]
+    return chosen(resource.body, asked)
+
+
+def _compare(probe: Resource, identity: Identity, resource: Resource, variant: int | None, *, transfer: bool) -> bool:
     """Whether the states are of another identity; raises unless that is asked for."""
     if probe.body["layer"] not in resource.body["layers"]:
         raise InvalidRequest(
@@ -261,6 +290,8 @@ def _compare(probe: Resource, identity: Identity, resource: Resource, *, transfe
             ],
         )
     other = Identity.model_validate(resource.body["identity"])
+    if variant is not None:
+        other.adapter = resource.body["variants"][variant]["digest"]
     fields = [name for name in Identity.model_fields if getattr(identity, name) != getattr(other, name)]
     if fields and not transfer:
         differing = "; ".join(

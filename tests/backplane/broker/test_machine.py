@@ -53,7 +53,7 @@ RELEASES = {
     "hung alone": "engine_hung_alone",
     "hung together": "engine_hung_together",
 }
-DEEDS = ["finish", "retry", "final", "postpone", *RELEASES, "stop", "progress", "mark", "renew"]
+DEEDS = ["finish", "retry", "final", "postpone", "move", *RELEASES, "stop", "progress", "mark", "renew"]
 _namespaces = itertools.count(1)
 
 
@@ -164,6 +164,7 @@ class Machine(RuleBasedStateMachine):
             "retry": lambda: broker.fail(ref, PROBLEM, retry=True),
             "final": lambda: broker.fail(ref, PROBLEM, retry=False),
             "postpone": lambda: broker.postpone(ref, PROBLEM),
+            "move": lambda: broker.move(ref, lane=LANES[-1], payload='{"part": 2}'),
             **{name: partial(broker.release, ref, reason=reason) for name, reason in RELEASES.items()},
             "stop": lambda: broker.acknowledge_cancel(ref),
             "progress": lambda: broker.progress(ref, stage="s", done=1, total=None, unit="inputs"),
@@ -193,8 +194,9 @@ class Machine(RuleBasedStateMachine):
             assert after.status == "cancelled"
         elif deed == "final":
             assert after.status == "failed"
-        elif deed in {"drain", "elsewhere", "postpone"}:
+        elif deed in {"drain", "elsewhere", "postpone", "move"}:
             assert (after.status, after.attempt) == ("queued", lease.attempt - 1)
+            assert after.lane == (LANES[-1] if deed == "move" else lease.lane)
         else:
             assert after.status in {"queued", "failed"}
             assert after.dead_letter == (after.status == "failed")

@@ -70,13 +70,13 @@ def test_each_row_runs_under_its_own_adapter(model: LlamaModel) -> None:
     twins = {None: model, **{digest: merged(model, pairs) for digest, pairs in adapters.items()}}
     ids = torch.randint(100, (6, 9))
     order = ["d2", None, "d0", "d0", "d3", None]
-    with bank.serving([Share(adapter, row, 1) for row, adapter in enumerate(order)]):
+    with bank.serving([Share(adapter, row, 1) for row, adapter in enumerate(order)], ids.shape[1]):
         found = states(model, ids)
     for row, adapter in enumerate(order):
         assert error(found[:, row], states(twins[adapter], ids[row : row + 1])[:, 0]) < 1e-5
     assert error(found[:, 0], states(model, ids[:1])[:, 0]) > 1e-3
     bank.detach("d0")
-    with pytest.raises(KeyError), bank.serving([Share("d0", 0, 6)]):
+    with pytest.raises(KeyError), bank.serving([Share("d0", 0, 6)], 9):
         pass
     for digest in list(adapters):
         bank.detach(digest)
@@ -94,7 +94,7 @@ def test_a_failure_inside_leaves_the_base(model: LlamaModel) -> None:
         raise MemoryError
 
     handle = model.layers[1].register_forward_hook(fail)
-    with pytest.raises(MemoryError), bank.serving([Share("d", 0, 2)]):
+    with pytest.raises(MemoryError), bank.serving([Share("d", 0, 2)], 5):
         states(model, ids)
     handle.remove()
     assert torch.equal(states(model, ids), before)
@@ -124,7 +124,7 @@ def test_random_batches_of_many_adapters(model: LlamaModel) -> None:
         order = sorted(drawn.choices([None, *adapters], k=drawn.randint(1, 8)), key=str)
         shares = [Share(name, order.index(name), order.count(name)) for name in dict.fromkeys(order)]
         ids = torch.randint(100, (len(order), drawn.randint(1, 12)))
-        with bank.serving(shares):
+        with bank.serving(shares, ids.shape[1]):
             found = states(model, ids)
         for row, name in enumerate(order):
             assert error(found[:, row], states(twins[name], ids[row : row + 1])[:, 0]) < 1e-5

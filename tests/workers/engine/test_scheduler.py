@@ -8,7 +8,7 @@ import pytest
 
 from bathyscope_workers.engine.protocol import RunJob
 from bathyscope_workers.engine.scheduler import Active, Scheduler
-from bathyscope_workers.extraction.plan import Pending
+from bathyscope_workers.extraction.plan import Pending, Queue
 from bathyscope_workers.models.forward import Style
 
 STYLE = Style("hooks", mask=False, alone=False)
@@ -21,9 +21,25 @@ class Resident:
 class Work:
     """What the scheduler reads of an extraction."""
 
-    def __init__(self, lengths: list[int], resident: Resident, *, top: int = 8, style: Style = STYLE) -> None:
-        self.pending = Pending(np.array(lengths, dtype=np.int64))
+    def __init__(
+        self,
+        lengths: list[int],
+        resident: Resident,
+        *,
+        top: int = 8,
+        style: Style = STYLE,
+        adapters: tuple[str | None, ...] = (None,),
+    ) -> None:
+        self.queues = [queue(adapter, number, lengths) for number, adapter in enumerate(adapters)]
         self.resident, self.top, self.style = resident, top, style
+
+    def group_of(self, adapter: str | None) -> str | None:
+        """Adapters whose name begins with an x do not mix."""
+        return adapter if adapter and adapter.startswith("x") else None
+
+
+def queue(adapter: str | None, number: int, lengths: list[int]) -> Queue:
+    return Queue(adapter, number * len(lengths), Pending(np.array(lengths, dtype=np.int64)))
 
 
 @pytest.fixture
@@ -97,9 +113,7 @@ def test_who_does_not_share(resident: Resident, reason: str) -> None:
     for jobs in ([first, other], [other, first]):
         for one in jobs:
             assert one.extraction is not None
-            one.running.pending = Pending(
-                np.array([400 if one is other and reason == "length" else 10], dtype=np.int64)
-            )
+            one.running.queues = [queue(None, 0, [400 if one is other and reason == "length" else 10])]
         assert all(len(batch) == 1 for batch in serve(Scheduler(batch_tokens=512), jobs))
 
 
@@ -112,3 +126,39 @@ def test_a_lowered_budget_holds(resident: Resident) -> None:
     resident.token_budget = 20
     job = active("job", Work([10] * 4, resident))
     assert serve(Scheduler(batch_tokens=512), [job]) == [{"job": 2}] * 2
+
+
+def test_rows_of_the_base_and_of_adapters_share(resident: Resident) -> None:
+    jobs = [
+        active("base", Work([10, 10], resident), owner="a"),
+        active("one", Work([10], resident, adapters=("d1",)), owner="b"),
+        active("pair", Work([10, 10], resident, adapters=(None, "d1", "d2")), owner="c"),
+    ]
+    assert serve(Scheduler(batch_tokens=100), jobs) == [{"base": 2, "one": 1, "pair": 6}]
+
+
+def test_an_adapter_that_does_not_mix_has_its_batches_to_itself(resident: Resident) -> None:
+    jobs = [
+        active("pair", Work([10], resident, adapters=(None, "x1", "d1", "x2")), owner="a"),
+        active("same", Work([10, 10], resident, adapters=("x1",)), owner="b"),
+        active("base", Work([10], resident), owner="c"),
+    ]
+    scheduler = Scheduler(batch_tokens=100)
+    together = []
+    while rows := scheduler.next_batch(jobs):
+        together.append(sorted((row.active.job.id, row.row) for row in rows))
+    assert sorted(together) == [
+        [("base", 0), ("pair", 0), ("pair", 2)],
+        [("pair", 1), ("same", 0), ("same", 1)],
+        [("pair", 3)],
+    ]
+
+
+def test_a_large_pair_runs_one_variant_after_the_other(resident: Resident) -> None:
+    """The fewer adapters meet in a batch, the less it costs."""
+    job = active("pair", Work([10] * 40, resident, adapters=(None, "d1")))
+    scheduler = Scheduler(batch_tokens=100)
+    batches = []
+    while rows := scheduler.next_batch([job]):
+        batches.append({row.row // 40 for row in rows})
+    assert batches == [{0}] * 4 + [{1}] * 4

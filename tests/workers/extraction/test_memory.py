@@ -34,8 +34,8 @@ def run(job):
     peak = 0
     while not job.tokenise_step():
         pass
-    while len(job.pending):
-        run_batch([(job, job.pending.take(512))])
+    while job.queues[0]:
+        run_batch([(job, job.queues[0].take(512))])
         peak = max(peak, anonymous())
     return peak
 run(extraction(300, sys.argv[2]))  # what a first run allocates once

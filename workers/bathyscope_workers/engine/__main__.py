@@ -1,4 +1,4 @@
-"""`python -m bathyscope_workers.engine --kind model|cpu --fd N`; see `protocol` for what is said over fd N."""
+"""`python -m bathyscope_workers.engine --kind model|cpu|fetch --fd N`; see `protocol` for what is said over fd N."""
 
 from __future__ import annotations
 
@@ -32,14 +32,15 @@ def main(arguments: list[str] | None = None) -> int:
     # The supervisor is gone: nothing done from now on would reach anyone, so no batch is worth finishing.
     channel = Channel(socket.socket(fileno=options.fd), on_close=lambda: os._exit(0))
     channel.start()
-    if options.kind == "cpu":
+    if options.kind != "model":
         from bathyscope_workers.engine.cpu_engine import CpuEngine
 
         CpuEngine(channel).run()
         return 0
     import torch
 
-    from bathyscope_workers.engine.model_engine import DeviceFault, ModelEngine, ModelEngineSettings
+    from bathyscope_workers.engine.model_engine import ModelEngine, ModelEngineSettings
+    from bathyscope_workers.engine.problems import DeviceFault
 
     logs.take_over()  # what these libraries set up when they were imported
     if options.threads:
@@ -60,7 +61,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m bathyscope_workers.engine")
-    parser.add_argument("--kind", choices=("model", "cpu"), required=True)
+    parser.add_argument("--kind", choices=("model", "cpu", "fetch"), required=True)
     parser.add_argument("--fd", type=int, required=True, help="this end of a stream socketpair")
     parser.add_argument("--batch-tokens", type=int, help="padded tokens a batch (512 on CPU, 16384 on CUDA)")
     parser.add_argument("--memory-bytes", type=int, help="bound of resident models (a share of the device's memory)")

@@ -8,7 +8,11 @@ A finisher is `def finish(job: RunJob, result: ExtractionResult, context: JobCon
 whose `spec` is an extraction's, it is called with the finished extraction and returns the job's `result` in its
 place (a prediction applies its probe to the states, say).
 
-Either raises an error of `bathyscope.errors` to fail its job with that problem.
+A model handler is `def handler(job: RunJob, resident: Resident, context: JobContext) -> dict[str, Any]`: for kinds that
+are no extraction but need a model. It holds the batches of other jobs back, so it is short. The job's model is resident
+and its adapters (`extra`) are attached.
+
+Each raises an error of `bathyscope.errors` to fail its job with that problem.
 """
 
 from __future__ import annotations
@@ -22,10 +26,14 @@ from bathyscope_workers.engine.protocol import RunJob
 Handler = Callable[..., dict[str, Any]]
 
 CPU_HANDLERS: dict[str, str] = {
+    "adapter": "bathyscope_workers.engine.adapter_handlers:convert",
     "prediction": "bathyscope_workers.engine.probe_handlers:predict_stored",
     "probe": "bathyscope_workers.engine.probe_handlers:train",
 }
 """Kind of job -> `module:function` of its handler, for engines of kind cpu."""
+
+MODEL_HANDLERS: dict[str, str] = {"adapter": "bathyscope_workers.adapters.effect:measure_job"}
+"""Kind of job -> `module:function` of its handler, for engines of kind model."""
 
 FINISHERS: dict[str, str] = {"prediction": "bathyscope_workers.engine.probe_handlers:predict_inputs"}
 """Kind of job -> `module:function` of its finisher, for engines of kind model."""

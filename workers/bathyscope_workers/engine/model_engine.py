@@ -1,13 +1,12 @@
 """The engine of kind model: extractions on resident models, batch after batch.
 
 One thread does everything but reading the pipe. Each turn of its loop takes the commands that have come, starts
-jobs whose model is resident (loading it if need be), tokenises for a moment, runs one batch. It blocks on the
-pipe only when nothing is active.
+jobs whose model is resident and whose adapters are attached (loading and attaching them if need be), tokenises for a
+moment, runs one batch. It blocks on the pipe only when nothing is active.
 """
 
 from __future__ import annotations
 
-import contextlib
 import os
 import time
 from collections.abc import Mapping
@@ -18,11 +17,13 @@ import structlog
 from structlog.contextvars import bound_contextvars
 
 from bathyscope import errors
-from bathyscope_workers.disk import out_of_space
+from bathyscope_workers.adapters.bank import RowsNotApart
 from bathyscope_workers.engine import handlers
 from bathyscope_workers.engine.account import Batches
 from bathyscope_workers.engine.channel import Channel
+from bathyscope_workers.engine.problems import DeviceFault, problem_of
 from bathyscope_workers.engine.protocol import RunJob
+from bathyscope_workers.engine.residents import Residents
 from bathyscope_workers.engine.scheduler import Active, Row, Scheduler
 from bathyscope_workers.extraction.batch import run_batch
 from bathyscope_workers.extraction.extraction import Extraction
@@ -30,7 +31,6 @@ from bathyscope_workers.extraction.spec import ExtractionSpec
 from bathyscope_workers.extraction.template import ChatRenderer
 from bathyscope_workers.models.device import Device, is_device_fault, is_out_of_memory
 from bathyscope_workers.models.load import quiet_libraries
-from bathyscope_workers.models.residency import Residency, ResidencyEvents, UnloadReason
 from bathyscope_workers.models.resident import Resident
 from bathyscope_workers.models.source import LoadFault
 from bathyscope_workers.models.spec import ModelSpec
@@ -44,10 +44,6 @@ CUDA_BATCH_TOKENS = 16_384
 PROGRESS_SECONDS = 0.5
 TOKENISE_SECONDS = 0.05
 """Between two batches; a step begun is ended."""
-
-
-class DeviceFault(Exception):
-    """The accelerator is lost; the process must end."""
 
 
 @dataclass(slots=True)
@@ -77,20 +73,22 @@ class ModelEngine:
         self._channel = channel
         self._finishers = handlers.FINISHERS if finishers is None else finishers
         self.device = Device.pick(limit_bytes=settings.memory_bytes, force_cpu=settings.force_cpu)
-        self.residency = Residency(
-            self.device, ResidencyEvents(loading=self._on_loading, unloaded=self._on_unloaded, tick=self._beat)
+        self.renderer = ChatRenderer(seconds=settings.template_seconds)
+        self.residents = Residents(
+            self.device,
+            self.renderer,
+            lambda: self._jobs.values(),
+            send=channel.send,
+            beat=self._beat,
+            announce=self._announce,
         )
+        self.residency = self.residents.residency
         default = CPU_BATCH_TOKENS if self.device.type == "cpu" else CUDA_BATCH_TOKENS
         self.scheduler = Scheduler(batch_tokens=settings.batch_tokens or default)
-        self.renderer = ChatRenderer(seconds=settings.template_seconds)
         self._jobs: dict[str, Active] = {}
         """In order of arrival."""
-        self._unloads: set[str] = set()
-        """Keys to unload once idle."""
         self._running: list[str] = []
         self._batches = Batches()
-        self._evicted = False
-        """Whether the load at hand made another model go."""
         self._stopping = False
 
     # --- the loop ---
@@ -141,76 +139,15 @@ class ModelEngine:
                     self._remove(active)
                     self._channel.send({"ev": "cancelled", "id": active.job.id})
             case "load":
-                self._load(command["resident"])
+                self.residents.load(command["resident"])
             case "unload":
-                self._unloads.add(command["key"])
-                self._unload_idle()
+                self.residents.unload(command["key"])
             case "drop_all":
                 self._drop_all()
             case "shutdown":
                 self._stopping = True
             case other:
                 _log.warning("command.unknown", op=str(other)[:40])
-
-    # --- residents ---
-
-    def _load(self, wire: dict[str, Any]) -> None:
-        """A `load` command. While the memory it needs is in use it waits behind the jobs, as they do."""
-        asked = str(wire.get("name", ""))
-        try:
-            spec = ModelSpec.from_wire(wire)
-            asked = spec.key
-            resident = self._resident(spec, answer=True)
-        except (LoadFault, errors.ProblemError, TypeError) as error:
-            self._load_failed(asked, error)
-            return
-        if resident is None:
-            in_use = errors.OutOfMemory(
-                f"{spec.name} does not fit beside the models that running jobs use; load it again when they are done",
-                model=spec.name,
-            )
-            self._load_failed(asked, LoadFault(in_use, retry=True))
-
-    def _resident(self, spec: ModelSpec, *, answer: bool = False) -> Resident | None:
-        """The resident of a spec; `loaded` is sent when it was loaded now, or an answer is owed."""
-        busy = {one.running.resident.key for one in self._jobs.values() if one.extraction is not None}
-        before = self.residency.peek(spec.key)
-        asked = spec.key
-        started, self._evicted = time.monotonic(), False
-        resident = self.residency.get(spec, busy=busy)
-        if resident is not None and (answer or resident is not before):
-            event: dict[str, Any] = {
-                "ev": "loaded",
-                "key": resident.key,
-                "asked": asked,
-                "facts": resident.facts.to_wire(),
-            }
-            if resident is not before:
-                event |= {"seconds": round(time.monotonic() - started, 6), "swapped": self._evicted}
-            self._channel.send(event)
-            if resident.facts.has_chat_template:
-                self.renderer.warm()
-        return resident
-
-    def _load_failed(self, asked: str, error: Exception) -> None:
-        problem, retry = _problem_of(error)
-        key = asked
-        with contextlib.suppress(errors.ModelUnknown):  # it failed before it was described
-            key = self.residency.spec(asked).key
-        _log.warning("model.load_failed", model=key, problem=problem["type"], retry=retry)
-        self._channel.send({"ev": "load_failed", "key": key, "asked": asked, "problem": problem, "retry": retry})
-
-    def _unload_idle(self) -> None:
-        for asked in list(self._unloads):
-            resident = self.residency.peek(asked)
-            if resident is not None and any(
-                one.extraction is not None and one.extraction.resident is resident for one in self._jobs.values()
-            ):
-                continue
-            self._unloads.discard(asked)
-            del resident
-            if not self.residency.unload(asked, reason="asked"):
-                self._channel.send({"ev": "unloaded", "key": asked, "reason": "missing"})
 
     # --- jobs ---
 
@@ -226,16 +163,22 @@ class ModelEngine:
                 return
 
     def _start_job(self, active: Active) -> bool:
-        """False when its model must wait for memory."""
+        """False when its model or its adapters must wait for memory."""
         job = active.job
         try:
             spec = self._spec_of(job)
-            resident = self._resident(spec)
+            resident = self.residents.get(spec)
             if resident is None:
+                return False
+            if not self.residents.attach(resident, job):
                 return False
             active.started = active.last_progress = time.monotonic()
             active.timings["load"] = active.started - active.received
             active.stages.note("load", active.arrived, time.time())
+            handler = handlers.resolve(handlers.MODEL_HANDLERS, job.kind)
+            if handler is not None:
+                self._handle(active, resident, handler)
+                return True
             active.extraction = Extraction(
                 ExtractionSpec.from_wire(job.spec),
                 resident,
@@ -244,13 +187,24 @@ class ModelEngine:
                 scratch=job.scratch,
                 renderer=self.renderer,
                 max_result_bytes=job.extra.get("max_result_bytes"),
+                variants=[one and one["digest"] for one in job.extra.get("variants") or [None]],
+                paired=bool(job.spec.get("paired")),
             )
         except LoadFault as fault:
-            self._load_failed(job.resident if isinstance(job.resident, str) else spec.key, fault)
+            self.residents.load_failed(job.resident if isinstance(job.resident, str) else spec.key, fault)
             self._fail(active, fault)
         except Exception as error:
             self._fail(active, error)
         return True
+
+    def _handle(self, active: Active, resident: Resident, handler: handlers.Handler) -> None:
+        """A job that is no extraction, done at once: a few forward passes."""
+        started, began = time.monotonic(), time.time()
+        context = handlers.JobContext(active.job, beat=self._beat, progress=lambda *_: self._beat())
+        wire = handler(active.job, resident, context)
+        active.timings["inference"] = time.monotonic() - started
+        active.stages.note("forward", began, time.time())
+        self._done(active, wire)
 
     def _spec_of(self, job: RunJob) -> ModelSpec:
         if isinstance(job.resident, dict):
@@ -297,10 +251,10 @@ class ModelEngine:
             if not self._is_active(active):
                 continue
             extraction = active.running
-            if extraction.done_rows == extraction.total_inputs:
+            if extraction.done_rows == extraction.total_rows:
                 self._finish(active)
             else:
-                self._progress(active, "forward", extraction.done_rows, extraction.total_inputs)
+                self._progress(active, "forward", extraction.done_rows, extraction.total_rows)
 
     def _forward(self, rows: list[Row]) -> None:
         """Run a batch; halve it when memory runs out, run its jobs apart when something else goes wrong."""
@@ -348,6 +302,13 @@ class ModelEngine:
                 return [rows[:half], rows[half:]]
             text = f"a text of {widest} tokens does not fit into memory by itself; send shorter ones or set max_length"
             self._fail(actives[0], errors.OutOfMemory(text, tokens=widest))
+        elif isinstance(error, RowsNotApart):
+            _log.warning("batch.rows_not_apart", reason=str(error))
+            actives[0].running.resident.adapters.stop_mixing()
+            by_adapter: dict[str | None, list[Row]] = {}
+            for one in rows:
+                by_adapter.setdefault(one.active.running.adapter_of(one.row), []).append(one)
+            return list(by_adapter.values())
         elif len(actives) > 1:
             return [[one for one in rows if one.active is active] for active in actives]
         else:
@@ -368,12 +329,15 @@ class ModelEngine:
             except Exception as error:
                 self._fail(active, error)
                 return
+        self._done(active, wire)
+
+    def _done(self, active: Active, wire: dict[str, Any]) -> None:
         total = time.monotonic() - active.received
         self._forget(active)
         self._channel.send(
             {
                 "ev": "done",
-                "id": job.id,
+                "id": active.job.id,
                 "result": wire,
                 "timings": {**_rounded(active.timings), "total": round(total, 6)},
                 "stages": active.stages.times,
@@ -384,7 +348,7 @@ class ModelEngine:
         if is_device_fault(error):
             raise DeviceFault(str(error)) from error
         with bound_contextvars(**active.job.names):
-            problem, retry = _problem_of(error)
+            problem, retry = problem_of(error)
         self._remove(active)
         self._channel.send(
             {
@@ -403,8 +367,7 @@ class ModelEngine:
 
     def _forget(self, active: Active) -> None:
         self._jobs.pop(active.job.id, None)
-        if self._unloads:
-            self._unload_idle()
+        self.residents.unload_idle()
 
     def _drop_all(self) -> None:
         for active in list(self._jobs.values()):
@@ -432,28 +395,6 @@ class ModelEngine:
                 {"ev": "progress", "id": active.job.id, "stage": stage, "done": done, "total": total, "unit": "inputs"}
             )
 
-    def _on_loading(self, key: str, asked: str) -> None:
-        self._announce([])
-        self._channel.send({"ev": "loading", "key": key, "asked": asked})
-
-    def _on_unloaded(self, key: str, reason: UnloadReason) -> None:
-        self._evicted = self._evicted or reason == "evicted"
-        self._channel.send({"ev": "unloaded", "key": key, "reason": reason})
-
 
 def _rounded(timings: dict[str, float]) -> dict[str, float]:
     return {name: round(seconds, 6) for name, seconds in timings.items()}
-
-
-def _problem_of(error: Exception) -> tuple[dict[str, Any], bool]:
-    """The problem to tell and whether trying again may help."""
-    if isinstance(error, LoadFault):
-        return error.problem.problem(), error.retry
-    if isinstance(error, errors.ProblemError):
-        return error.problem(), isinstance(error, errors.Unavailable)
-    if is_out_of_memory(error):
-        _log.warning("job.out_of_memory", exc_info=error)
-        return errors.OutOfMemory("the worker ran out of memory").problem(), False
-    _log.error("job.failed", exc_info=error)
-    fault = out_of_space(error) or errors.InternalError("the engine failed at this job; its log says where")
-    return fault.problem(), True

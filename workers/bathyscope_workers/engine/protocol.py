@@ -90,7 +90,7 @@ class RunJob:
 
     id: str
     kind: str
-    """`extraction`, `prediction`, … for a model engine; `probe`, … for a cpu engine."""
+    """`extraction`, `prediction`, `adapter` (its effect) for a model engine; `probe`, … for a cpu engine."""
     lane: str = ""
     owner: str = "local"
     """API key id. Owners take turns at the batches of a resident."""
@@ -112,7 +112,9 @@ class RunJob:
     """Share no batch with another job (`alone` is read as the same)."""
     extra: dict[str, Any] = field(default_factory=dict)
     """Members that this class does not name, handed to the handler or finisher untouched. `max_result_bytes` bounds an
-    extraction's result file (`too-large`)."""
+    extraction's result file (`too-large`). `variants` are what an extraction runs under, each null (the base) or
+    `{"digest", "path"}` of a converted adapter; without it, the base alone. `adapter` is one such object: what a job of
+    kind `adapter` attaches and measures."""
 
     @property
     def names(self) -> dict[str, Any]:
@@ -227,7 +229,7 @@ class DoneEvent(TypedDict):
     ev: Literal["done"]
     id: str
     result: dict[str, Any]
-    """Of an extraction: `ExtractionResult.to_wire()`."""
+    """Of an extraction: `ExtractionResult.to_wire()`; of kind `adapter`: `{"effect": {...}}` of `adapters.effect`."""
     timings: dict[str, float]
     """Seconds: `load` (waiting for its model), `tokenise`, `inference` (batches it took part in), `total`."""
     stages: NotRequired[dict[str, list[float]]]

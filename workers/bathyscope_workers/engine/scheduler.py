@@ -4,6 +4,9 @@ Extractions of one resident share batches, and a new one joins at the next batch
 batch, and an owner's jobs take turns among themselves, so one text never waits for ten thousand; higher priority
 goes first, and a class is gained for every `AGING_SECONDS` a job was not served. The leader fills the batch as
 far as it can; what is left goes to rows of other jobs that fit its width.
+
+A batch holds rows of the base and of whichever adapters mix, each row under its own: sharing costs two small products a
+module and adapter, a batch left half empty costs more. An adapter that does not mix has its batches to itself.
 """
 
 from __future__ import annotations
@@ -66,7 +69,7 @@ class Scheduler:
 
     def next_batch(self, jobs: Iterable[Active]) -> list[Row]:
         """Rows of one resident that share the next forward pass; taken from their extractions. Empty when none wait."""
-        ready = [active for active in jobs if active.tokenised and len(active.running.pending)]
+        ready = [active for active in jobs if active.tokenised and any(active.running.queues)]
         if not ready:
             self._owner_turns.clear()
             return []
@@ -76,21 +79,23 @@ class Scheduler:
         self._serve(leader, now)
         extraction = leader.running
         budget = self.budget(extraction.resident)
+        first = next(queue for queue in extraction.queues if queue)
         if extraction.style.alone:
-            return [Row(leader, row) for row in extraction.pending.take(1)]
-        width = extraction.pending.longest
-        rows = [Row(leader, row) for row in extraction.pending.take(budget)]
-        if leader.job.solo:
-            return rows
-        for other in ready[1:]:
-            room = budget // width - len(rows)
-            if room <= 0:
-                break
-            if self._fits(leader, other):
-                taken = other.running.pending.take(budget, width=width, most=room)
-                if taken:
-                    other.last_served = now
-                rows += [Row(other, row) for row in taken]
+            return [Row(leader, row) for row in first.take(1)]
+        width, group = first.pending.longest, extraction.group_of(first.adapter)
+        rows = [Row(leader, row) for row in first.take(budget)]
+        for other in ready:
+            if other is not leader and not self._fits(leader, other):
+                continue
+            for queue in other.running.queues:
+                room = budget // width - len(rows)
+                if room <= 0:
+                    return rows
+                if queue and other.running.group_of(queue.adapter) == group:
+                    taken = queue.take(budget, width=width, most=room)
+                    if taken:
+                        other.last_served = now
+                    rows += [Row(other, row) for row in taken]
         return rows
 
     def budget(self, resident: Resident) -> int:
@@ -111,7 +116,7 @@ class Scheduler:
     def _fits(leader: Active, other: Active) -> bool:
         """Whether another job's rows may join: same model and style, and not for half its blocks or twice them."""
         mine, theirs = leader.running, other.running
-        if other.job.solo or theirs.resident is not mine.resident or theirs.style != mine.style:
+        if leader.job.solo or other.job.solo or theirs.resident is not mine.resident or theirs.style != mine.style:
             return False
         low, high = sorted((mine.top, theirs.top))
         return 2 * low >= high

@@ -1,11 +1,14 @@
-"""One forward pass for rows of several extractions."""
+"""One forward pass for rows of several extractions, each under its own adapter."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
+from itertools import groupby
 
 import torch
 
+from bathyscope_workers.adapters.bank import Share
 from bathyscope_workers.extraction.extraction import Extraction
 from bathyscope_workers.extraction.pool import BatchPart
 
@@ -13,27 +16,42 @@ from bathyscope_workers.extraction.pool import BatchPart
 def run_batch(shares: Sequence[tuple[Extraction, list[int]]]) -> None:
     """Run rows of extractions on the same resident and write their states to their places.
 
-    Each share is an extraction and the rows (indexes of inputs) it has in this batch. Nothing is counted as done
-    when it fails; rows already written are written again by the next try.
+    Each share is an extraction and the rows it has in this batch. Nothing is counted as done when it fails; rows
+    already written are written again by the next try.
     """
     first = shares[0][0]
-    forward = first.resident.forward
-    ids, lengths = forward.pad([extraction.row_ids(row) for extraction, rows in shares for row in rows])
+    resident = first.resident
+    # Rows of one adapter lie together, the base's first.
+    rows = sorted(
+        (
+            (extraction.adapter_of(row) or "", number, row)
+            for number, (extraction, rows) in enumerate(shares)
+            for row in rows
+        )
+    )
+    ids, lengths = resident.forward.pad([shares[number][0].row_ids(row) for _, number, row in rows])
     seq = ids.shape[1]
     parts: list[BatchPart] = []
-    place = 0
-    for extraction, rows in shares:
-        parts.append(BatchPart(extraction, rows, place, seq))
-        place += len(rows)
+    for number, (extraction, _) in enumerate(shares):
+        mine = [(place, row) for place, (_, owner, row) in enumerate(rows) if owner == number]
+        parts.append(BatchPart(extraction, [row for _, row in mine], [place for place, _ in mine], seq))
     layers = sorted(set().union(*(extraction.slots for extraction, _ in shares)))
 
     def consume(layer: int, states: torch.Tensor) -> None:
         for part in parts:
             part.consume(layer, states)
 
-    forward(ids, lengths, layers, consume, first.style)
+    adapters: list[Share] = []
+    for digest, group in groupby(rows, key=lambda one: one[0]):
+        count = len(list(group))
+        adapters.append(Share(digest or None, adapters[-1].first + adapters[-1].rows if adapters else 0, count))
+    plain = all(share.adapter is None for share in adapters)
+    with nullcontext() if plain else resident.adapters.serving(adapters, seq):
+        resident.forward(ids, lengths, layers, consume, first.style)
     for part in parts:
         part.flush()
+    for part in parts:
+        part.extraction.compare(part.rows)
     for part in parts:
         part.extraction.done_rows += len(part.rows)
         part.extraction.computed_tokens += len(part.rows) * seq

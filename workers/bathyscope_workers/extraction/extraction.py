@@ -1,9 +1,13 @@
-"""One extraction under way: inputs -> token ids -> a file of the right shape -> rows filled in by batches."""
+"""One extraction under way: inputs -> token ids -> a file of the right shape -> rows filled in by batches.
+
+A row is an input under a variant (the base, or an adapter): row = variant * inputs + input. Inputs are tokenised once.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +18,8 @@ import torch
 from numpy.typing import NDArray
 
 from bathyscope import errors
-from bathyscope_workers.extraction.plan import Pending
+from bathyscope_workers.extraction.change import VariantChanges
+from bathyscope_workers.extraction.plan import Pending, Queue
 from bathyscope_workers.extraction.scratch import ScratchFile
 from bathyscope_workers.extraction.spec import ExtractionSpec
 from bathyscope_workers.extraction.template import ChatRenderer
@@ -40,15 +45,20 @@ class ExtractionResult:
     tensors: dict[str, dict[str, Any]]
     """Of each tensor `{"dtype", "shape", "offset", "bytes"}`, offsets from the start of the file."""
     shape: list[int]
-    """[inputs, layers, hidden]; with pooling none [tokens kept, layers, hidden]."""
+    """[inputs, layers, hidden]; with pooling none [tokens kept, layers, hidden]. A paired one has a first axis of
+    variants before these."""
     dtype: str
     layers: list[int]
     """Resolved layer numbers in the order asked for."""
     inputs: int
     tokens: dict[str, int]
-    """`total`: of the inputs; `computed`: with the padding of their batches; `kept`: rows with pooling none."""
+    """`total`: of the inputs; `computed`: with the padding of their batches, over all variants; `kept`: rows with
+    pooling none, of one variant."""
     provenance: dict[str, Any]
     """What the numbers depend on; the file's metadata holds the same as strings."""
+    relative_change: list[list[float]] | None
+    """Of a paired one: for each variant one number a layer, in the order asked for: the mean over vectors of the norm
+    of the difference from the first variant over the norm of that."""
 
     def to_wire(self) -> dict[str, Any]:
         """A JSON object."""
@@ -68,8 +78,16 @@ class Extraction:
         scratch: str,
         renderer: ChatRenderer,
         max_result_bytes: int | None = None,
+        variants: Sequence[str | None] = (None,),
+        paired: bool = False,
     ) -> None:
+        """`variants` are digests of adapters, which are attached and stay so until the end, None being the base.
+
+        With `paired` the result has an axis of variants, also for a single one; several are always paired.
+        """
         self.spec = spec
+        self.variants = tuple(variants)
+        self.paired = paired or len(self.variants) > 1
         self.resident = resident
         self.layers = spec.resolve_layers(resident.facts.num_layers)
         self.slots = {layer: slot for slot, layer in enumerate(self.layers)}
@@ -85,7 +103,10 @@ class Extraction:
         self.read_inputs = 0
         self.done_rows = 0
         self.computed_tokens = 0
-        self.pending = Pending(np.zeros(0, dtype=np.int64))
+        self.queues: list[Queue] = []
+        """Rows still to be run, one queue a variant. One after the other: the fewer adapters meet in a batch, the less
+        it costs."""
+        self._changes: VariantChanges | None = None
         self._reader = InputReader(resident, spec, renderer)
         self._chunks = _chunks(inputs, inputs_path)
         self._rows: list[NDArray[np.int32]] = []
@@ -119,16 +140,33 @@ class Extraction:
         self._lengths = np.array(self._row_lengths, dtype=np.int64)
         self._starts = _running_sums(self._lengths)
         self._lay_out()
-        self.pending = Pending(self._lengths)
+        self.queues = [
+            Queue(adapter, number * self.total_inputs, Pending(self._lengths))
+            for number, adapter in enumerate(self.variants)
+        ]
         return True
 
+    @property
+    def total_rows(self) -> int:
+        """Inputs times variants."""
+        return self.total_inputs * len(self.variants)
+
+    def adapter_of(self, row: int) -> str | None:
+        """The adapter that a row runs under."""
+        return self.variants[row // self.total_inputs]
+
+    def group_of(self, adapter: str | None) -> str | None:
+        """Rows of equal groups may share a batch."""
+        return None if adapter is None else self.resident.adapters.group(adapter)
+
     def row_ids(self, row: int) -> NDArray[np.int32]:
-        """Token ids of an input."""
-        return self._ids[self._starts[row] : self._starts[row + 1]]
+        """Token ids of a row's input."""
+        number = row % self.total_inputs
+        return self._ids[self._starts[number] : self._starts[number + 1]]
 
     def kept_tokens(self, row: int) -> NDArray[np.int64]:
-        """Positions in the input of the tokens that are pooled, or kept with pooling none."""
-        length = int(self._lengths[row])
+        """Positions in a row's input of the tokens that are pooled, or kept with pooling none."""
+        length = int(self._lengths[row % self.total_inputs])
         positions, pooling = self.spec.positions, self.spec.pooling
         if positions is not None and positions.tokens is not None:
             return np.array([one + length if one < 0 else one for one in positions.tokens], dtype=np.int64)
@@ -140,8 +178,17 @@ class Extraction:
         return np.arange(begin, end, dtype=np.int64)
 
     def first_target(self, row: int) -> int:
-        """The first row of the result that belongs to an input."""
-        return int(self._offsets[row]) if self.spec.pooling == "none" else row
+        """Where the result of a row begins in `states`."""
+        variant, number = divmod(row, self.total_inputs)
+        targets = self._targets
+        return int(variant * targets[-1] + targets[number])
+
+    def compare(self, rows: Sequence[int]) -> None:
+        """Note how far these rows, which are written, are from those of the first variant."""
+        if self._changes is not None:
+            variants, inputs = np.divmod(np.array(rows, dtype=np.int64), self.total_inputs)
+            for variant in np.unique(variants):
+                self._changes.finished(int(variant), inputs[variants == variant])
 
     def _check_positions(self, index: int, length: int) -> None:
         positions = self.spec.positions
@@ -170,8 +217,11 @@ class Extraction:
             token_ids = np.concatenate([self.row_ids(row)[one] for row, one in enumerate(kept)])
         else:
             self._offsets, token_ids = self._starts, self._ids
-        rows = int(self._offsets[-1]) if self.spec.pooling == "none" else inputs
-        size = rows * len(self.layers) * hidden * self.torch_dtype.itemsize
+        self._targets = self._offsets if self.spec.pooling == "none" else np.arange(inputs + 1)
+        shape: tuple[int, ...] = (int(self._targets[-1]), len(self.layers), hidden)
+        if self.paired:
+            shape = (len(self.variants), *shape)
+        size = math.prod(shape) * self.torch_dtype.itemsize
         if self._max_result_bytes is not None and size > self._max_result_bytes:
             raise errors.TooLarge(
                 f"the result would take {size} bytes, the limit is {self._max_result_bytes}: ask for fewer layers or "
@@ -184,14 +234,16 @@ class Extraction:
             {
                 "offsets": ("int64", (inputs + 1,)),
                 "token_ids": ("int64", (len(token_ids),)),
-                "hidden_states": (self.spec.dtype, (rows, len(self.layers), hidden)),
+                "hidden_states": (self.spec.dtype, shape),
             },
             {name: value if isinstance(value, str) else json.dumps(value) for name, value in self.provenance().items()},
         )
         self._file.tensor("offsets")[:] = torch.from_numpy(self._offsets)
         self._file.tensor("token_ids")[:] = torch.from_numpy(token_ids)
-        self.states = self._file.tensor("hidden_states")
-        """(rows, layers, hidden), in the file."""
+        self.states = self._file.tensor("hidden_states").view(-1, len(self.layers), hidden)
+        """(rows, layers, hidden), in the file; the rows of one variant after those of another."""
+        if self.paired:
+            self._changes = VariantChanges(self.states, len(self.variants), self._targets)
 
     def provenance(self) -> dict[str, Any]:
         """What the numbers depend on."""
@@ -202,6 +254,8 @@ class Extraction:
             "quantization": facts.quantization,
             "llm_int8_threshold": facts.llm_int8_threshold,
             "compute_dtype": facts.compute_dtype,
+            "adapter": self.variants[0] if not self.paired else None,
+            "variants": list(self.variants),
             "num_layers": facts.num_layers,
             "layers": self.layers,
             "pooling": self.spec.pooling,
@@ -219,6 +273,7 @@ class Extraction:
         """Close the file once every row is written."""
         assert self._file is not None
         file = self._file
+        changes, self._changes = self._changes, None
         del self.states
         file.close()
         return ExtractionResult(
@@ -236,11 +291,13 @@ class Extraction:
                 "kept": int(self._offsets[-1]),
             },
             provenance=self.provenance(),
+            relative_change=None if changes is None else changes.relative_change(),
         )
 
     def discard(self) -> None:
         """Stop: no more rows, no file."""
-        self.pending.clear()
+        self.queues.clear()
+        self._changes = None
         if hasattr(self, "states"):
             del self.states
         if self._file is not None:

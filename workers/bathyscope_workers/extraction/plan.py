@@ -8,13 +8,14 @@ costs as much as tokens do.
 from __future__ import annotations
 
 from bisect import bisect_left
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 
 class Pending:
-    """The rows of one extraction that are still to be run, longest first."""
+    """The inputs that are still to be run with one variant of an extraction, longest first."""
 
     def __init__(self, lengths: NDArray[np.int64]) -> None:
         order = np.argsort(-lengths, kind="stable")
@@ -54,3 +55,21 @@ class Pending:
         """Forget every row."""
         self._rows.clear()
         self._negative.clear()
+
+
+@dataclass(frozen=True, slots=True)
+class Queue:
+    """The rows of one variant of an extraction that are still to be run."""
+
+    adapter: str | None
+    """Digest of the adapter they run under; None is the base."""
+    first_row: int
+    """Number of the variant's first row."""
+    pending: Pending
+
+    def __len__(self) -> int:
+        return len(self.pending)
+
+    def take(self, budget: int, *, width: int | None = None, most: int | None = None) -> list[int]:
+        """As `Pending.take`, numbers of rows."""
+        return [self.first_row + one for one in self.pending.take(budget, width=width, most=most)]

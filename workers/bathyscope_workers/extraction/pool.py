@@ -21,15 +21,15 @@ _HELD_BYTES = 64 * 2**20
 
 
 class BatchPart:
-    """Rows of one extraction at places `first_place`, `first_place + 1`, … of a batch `seq` tokens wide."""
+    """Rows of one extraction at these places of a batch `seq` tokens wide."""
 
-    def __init__(self, extraction: Extraction, rows: list[int], first_place: int, seq: int) -> None:
+    def __init__(self, extraction: Extraction, rows: list[int], places: list[int], seq: int) -> None:
         self.extraction = extraction
         self.rows = rows
         self._pooling = extraction.spec.pooling
         tokens: list[NDArray[np.int64]] = []
         targets: list[NDArray[np.int64]] = []
-        for place, row in enumerate(rows, start=first_place):
+        for place, row in zip(places, rows, strict=True):
             kept = extraction.kept_tokens(row)
             tokens.append(kept + place * seq)
             first = extraction.first_target(row)

@@ -1,12 +1,14 @@
 """What a worker does for each kind of job: the supervisor's side of it, one module a kind."""
 
-from bathyscope_workers.jobs._base import JobKind, JobWork
+from bathyscope_workers.jobs._base import Existing, Handover, JobKind, JobWork, adapter_cache
+from bathyscope_workers.jobs.adapter import AdapterJob
 from bathyscope_workers.jobs.extraction import ExtractionJob
 from bathyscope_workers.jobs.model import ModelJob
 from bathyscope_workers.jobs.prediction import PredictionJob
 from bathyscope_workers.jobs.probe import ProbeJob
 
 KINDS: dict[str, JobKind] = {
+    "adapter": AdapterJob(),
     "extraction": ExtractionJob(),
     "model": ModelJob(),
     "prediction": PredictionJob(),
@@ -14,4 +16,4 @@ KINDS: dict[str, JobKind] = {
 }
 """By the job's kind."""
 
-__all__ = ["KINDS", "JobKind", "JobWork", "ModelJob"]
+__all__ = ["KINDS", "AdapterJob", "Existing", "Handover", "JobKind", "JobWork", "ModelJob", "adapter_cache"]

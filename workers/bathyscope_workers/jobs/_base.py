@@ -6,19 +6,40 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
+from weakref import WeakKeyDictionary
 
 import orjson
 
 from bathyscope.errors import Expired, InternalError
-from bathyscope_backplane.artifacts import Blob, Resource
+from bathyscope_backplane.artifacts import Blob, Blobs, Resource
 from bathyscope_backplane.broker import Lease
 from bathyscope_backplane.plane import Backplane
 from bathyscope_backplane.times import rfc3339
 from bathyscope_backplane.vault import Credentials
+from bathyscope_workers.adapters.cache import AdapterCache
 from bathyscope_workers.engine.protocol import RunJob
 from bathyscope_workers.models.spec import ModelSpec
 
 _DAY_MS = 86_400_000
+
+
+@dataclass(frozen=True, slots=True)
+class Handover:
+    """The job's work here is done, and goes on in another lane."""
+
+    lane: str
+    payload: dict[str, Any]
+    """What it needs there."""
+
+    drop: tuple[str, ...] = ()
+    """Keys of the store that it does not need there."""
+
+
+@dataclass(frozen=True, slots=True)
+class Existing:
+    """What the job was to make is there already."""
+
+    path: str
 
 
 @dataclass(slots=True)
@@ -39,8 +60,16 @@ class JobWork:
     credentials: Credentials = field(default_factory=Credentials)
     """What the request gave to reach other services with."""
 
+    attached: Blobs | None = None
+    """The files of the adapter that a job of that kind makes, as soon as they are in the store."""
+
     kept: dict[Path, Blob] = field(default_factory=dict)
     """Result files that are uploaded: `conclude` is called again when the store or Redis is away in the midst of it."""
+
+    @property
+    def adapters(self) -> AdapterCache:
+        """Converted adapters on this machine."""
+        return adapter_cache(self.plane)
 
     @property
     def spec(self) -> dict[str, Any]:
@@ -138,6 +167,18 @@ class JobWork:
         )
 
 
+_caches: WeakKeyDictionary[Any, AdapterCache] = WeakKeyDictionary()
+
+
+def adapter_cache(plane: Backplane) -> AdapterCache:
+    """The cache of converted adapters of this worker."""
+    store = plane.store
+    if store not in _caches:
+        settings = plane.settings
+        _caches[store] = AdapterCache(settings.data_dir / "adapters", store, settings.worker.adapter_cache_bytes)
+    return _caches[store]
+
+
 class JobKind(Protocol):
     """What a worker does for one kind of job."""
 
@@ -149,6 +190,6 @@ class JobKind(Protocol):
         """What to send to the engine. Raises problems for what cannot be done."""
         ...
 
-    async def conclude(self, work: JobWork, event: dict[str, Any]) -> Resource | None:
+    async def conclude(self, work: JobWork, event: dict[str, Any]) -> Resource | Handover | Existing | None:
         """Make the resource of the engine's `done` event: its blobs are uploaded, it is not committed."""
         ...

@@ -18,6 +18,9 @@ async def run_command(work: JobWork, **extra: Any) -> dict[str, Any]:
     if work.resident is None:
         raise ModelUnknown("This worker's list of models lacks the job's model; give all workers the same list.")
     path = await work.rows_path()
+    variants = await _variants(work)
+    if variants is not None:
+        extra["variants"] = variants
     return work.run_command(
         resident=work.resident.to_wire(),
         spec=work.spec,
@@ -27,8 +30,27 @@ async def run_command(work: JobWork, **extra: Any) -> dict[str, Any]:
     )
 
 
-def identity_of(provenance: dict[str, Any]) -> dict[str, Any]:
-    """The wire `Identity` of an extraction's provenance."""
+async def _variants(work: JobWork) -> list[dict[str, Any] | None] | None:
+    """The adapters of the job as folders of this machine, null for the base; nothing for the base alone."""
+    asked = work.spec.get("variants")
+    if asked is None:
+        return None
+    found: list[dict[str, Any] | None] = []
+    for variant in asked:
+        if variant is None:
+            found.append(None)
+            continue
+        adapter = await work.needed(variant["id"])
+        digest = adapter.body["digest"]
+        folder = work.scratch / digest
+        if not folder.exists():
+            await work.adapters.place(digest, adapter.blobs, folder)
+        found.append({"digest": digest, "path": str(folder)})
+    return found
+
+
+def identity_of(provenance: dict[str, Any], adapter: str | None = None) -> dict[str, Any]:
+    """The wire `Identity` of an extraction's provenance; `adapter` is a digest."""
     quantization = provenance["quantization"]
     settings = {"llm_int8_threshold": provenance["llm_int8_threshold"]} if quantization == "8bit" else {}
     return {
@@ -36,7 +58,7 @@ def identity_of(provenance: dict[str, Any]) -> dict[str, Any]:
         "revision": provenance["revision"],
         "quantization": quantization,
         "quantization_settings": settings,
-        "adapter": None,
+        "adapter": adapter,
         "compute_dtype": provenance["compute_dtype"],
         "template": provenance["template"],
         "add_generation_prompt": provenance["add_generation_prompt"],
@@ -63,11 +85,16 @@ class ExtractionJob:
         blob = await work.keep(path, ".safetensors")
         provenance = result["provenance"]
         link = self.path(work.lease.resource_id)
+        variants, paired = work.spec.get("variants") or [None], work.spec.get("paired", False)
+        named = [{"adapter": one and one["id"], "digest": one and one["digest"]} for one in variants]
+        alone = {"adapter": None, "digest": None} if paired else named[0]
         body = {
             "model": provenance["model"],
-            "adapter": None,
-            "adapter_digest": None,
-            "identity": identity_of(provenance),
+            "adapter": alone["adapter"],
+            "adapter_digest": alone["digest"],
+            "variants": named if paired else None,
+            "relative_change": result.get("relative_change") if paired else None,
+            "identity": identity_of(provenance, alone["digest"]),
             "layers": result["layers"],
             "num_layers": provenance["num_layers"],
             "pooling": provenance["pooling"],
@@ -97,8 +124,27 @@ class ExtractionJob:
             if work.spec.get(name) is not None
         }
         return work.resource(
-            body, blobs={"states": blob}, private={"layout": layout, "options": options, "metadata": _texts(provenance)}
+            body,
+            blobs={"states": blob},
+            private={"layout": layout, "options": options, "metadata": _texts(provenance)},
         )
+
+
+def variant_of(extraction: Resource, variant: int | None) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Layout and identity of one variant of a paired extraction, as if it were an extraction by itself.
+
+    Variants follow each other in the file: `[variants, vectors, layers, hidden]`. With null those of any other.
+    """
+    layout, identity = extraction.private["layout"], extraction.body["identity"]
+    if variant is None:
+        return layout, identity
+    states = layout["hidden_states"]
+    many, *shape = states["shape"]
+    size = (states["end"] - states["start"]) // many
+    start = states["start"] + variant * size
+    cut = {**states, "shape": shape, "start": start, "end": start + size}
+    digest = extraction.body["variants"][variant]["digest"]
+    return {**layout, "hidden_states": cut}, {**identity, "adapter": digest}
 
 
 def _texts(provenance: dict[str, Any]) -> dict[str, str]:

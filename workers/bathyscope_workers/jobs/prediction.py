@@ -7,7 +7,7 @@ from typing import Any
 
 from bathyscope_backplane.artifacts import Resource
 from bathyscope_workers.jobs._base import JobWork
-from bathyscope_workers.jobs.extraction import identity_of, run_command
+from bathyscope_workers.jobs.extraction import identity_of, run_command, variant_of
 
 
 class PredictionJob:
@@ -26,7 +26,7 @@ class PredictionJob:
         extraction = await work.needed(work.spec["extraction"])
         spec = {
             "states_path": await work.blob_path(extraction, "states"),
-            "layout": extraction.private["layout"],
+            "layout": variant_of(extraction, work.spec.get("variant"))[0],
             "held_layers": extraction.body["layers"],
             "weights_path": weights_path,
         }
@@ -37,9 +37,10 @@ class PredictionJob:
         result = event["result"]
         blob = await work.keep(Path(result["prediction_path"]), ".json")
         if "provenance" in result:
-            identity = identity_of(result["provenance"])
+            [variant] = work.spec.get("variants") or [None]
+            identity = identity_of(result["provenance"], variant and variant["digest"])
         else:
-            identity = (await work.needed(work.spec["extraction"])).body["identity"]
+            identity = variant_of(await work.needed(work.spec["extraction"]), work.spec.get("variant"))[1]
         body = {
             "probe": work.spec["probe"],
             "classes": result["classes"],

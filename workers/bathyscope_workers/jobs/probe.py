@@ -10,6 +10,7 @@ import orjson
 
 from bathyscope_backplane.artifacts import Resource
 from bathyscope_workers.jobs._base import JobWork
+from bathyscope_workers.jobs.extraction import variant_of
 
 _CONFIG = (
     "task",
@@ -37,13 +38,14 @@ class ProbeJob:
         extraction = await work.needed(work.spec["extraction"])
         rows_path = work.scratch / "rows.json"
         await asyncio.to_thread(rows_path.write_bytes, orjson.dumps(await work.rows()))
+        layout, identity = variant_of(extraction, work.spec.get("variant"))
         spec = {
             "states_path": await work.blob_path(extraction, "states"),
-            "layout": extraction.private["layout"],
+            "layout": layout,
             "held_layers": extraction.body["layers"],
             "num_layers": extraction.body["num_layers"],
             "layers": work.spec["layers"],
-            "identity": extraction.body["identity"],
+            "identity": identity,
             "rows_path": str(rows_path),
             "config": {name: work.spec[name] for name in _CONFIG},
         }
@@ -63,7 +65,7 @@ class ProbeJob:
             "task": report["task"],
             "classes": report["classes"],
             "layer": report["best_layer"],
-            "identity": extraction.body["identity"],
+            "identity": variant_of(extraction, work.spec.get("variant"))[1],
             "report": {"selectivity": None, **report},
             "metadata": work.spec.get("metadata"),
             "links": {

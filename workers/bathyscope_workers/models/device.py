@@ -63,6 +63,10 @@ class Device:
     def give_back(self) -> None:
         """Return freed memory to the device or the kernel, so that the next measurement is true."""
         gc.collect()
+        self.trim()
+
+    def trim(self) -> None:
+        """The same without looking for what only refers to itself, which takes a tenth of a second."""
         if self.type == "cuda":
             torch.cuda.empty_cache()
         else:

@@ -1,20 +1,26 @@
-"""Which models are resident: loaded when asked for, evicted by least recent use under a bound of memory."""
+"""Which models are resident, with which adapters: loaded when asked for, evicted by least recent use under a bound of
+memory. Adapters go before models, where that is enough: they come back in milliseconds."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from bathyscope import errors
-from bathyscope_workers.models.device import Device
+from bathyscope_workers.adapters.stored import StoredAdapter
+from bathyscope_workers.models.device import Device, is_out_of_memory
 from bathyscope_workers.models.load import estimate_bytes, load_resident
 from bathyscope_workers.models.resident import Resident
 from bathyscope_workers.models.source import LoadFault, Source, locate
 from bathyscope_workers.models.spec import ModelSpec
 
 UnloadReason = Literal["asked", "evicted", "missing"]
+
+Use = tuple[str, str]
+"""A resident's key and the digest of an adapter on it."""
 
 
 @dataclass(slots=True)
@@ -47,8 +53,8 @@ class Residency:
 
     @property
     def used_bytes(self) -> int:
-        """Measured bytes of all residents."""
-        return sum(resident.facts.memory_bytes for resident in self._residents.values())
+        """Measured bytes of all residents and their adapters."""
+        return sum(resident.memory_bytes for resident in self._residents.values())
 
     def remember(self, spec: ModelSpec) -> ModelSpec:
         """Note a spec, so that its key is enough from now on; returns it with its dtype resolved."""
@@ -68,11 +74,11 @@ class Residency:
         spec = self._specs.get(key)
         return self._residents.get(spec.key) if spec else None
 
-    def get(self, spec: ModelSpec, *, busy: Collection[str] = ()) -> Resident | None:
+    def get(self, spec: ModelSpec, *, busy: Collection[str] = (), in_use: Collection[Use] = ()) -> Resident | None:
         """The resident for a spec, loaded if need be; the most recently used from now on.
 
-        Models are evicted by least recent use until it fits, but never those whose keys are in `busy`: None
-        says that it will fit once those are done. Raises LoadFault.
+        Models and adapters are evicted by least recent use until it fits, but never models whose keys are in `busy` nor
+        adapters `in_use`: None says that it will fit once those are done. Raises LoadFault.
         """
         asked = spec.key
         spec = self.remember(spec)
@@ -90,16 +96,55 @@ class Residency:
             self._located[spec] = source, estimate_bytes(source.folder, spec)
             self.events.tick()
         source, needed = self._located[spec]
-        if not self._make_room(needed, spec, busy):
+        if needed > self.device.limit_bytes:
+            raise self._too_large(spec, needed)
+        if not self._make_room(needed, busy, in_use):
             return None
         self.events.loading(spec.key, asked)
         del self._located[spec]
         resident = self._load(spec, source, busy)
         self._residents[spec.key] = resident
-        if not self._make_room(0, spec, {*busy, spec.key}) and len(self._residents) == 1:
+        if not self._make_room(0, {*busy, spec.key}, in_use) and len(self._residents) == 1:
             self.unload(spec.key, reason="evicted")
             raise self._too_large(spec, resident.facts.memory_bytes)
         return resident
+
+    def attach(
+        self,
+        resident: Resident,
+        adapters: Mapping[str, Path],
+        *,
+        busy: Collection[str] = (),
+        in_use: Collection[Use] = (),
+    ) -> bool:
+        """Make adapters (folders by digest) available on a resident, attaching those that are not; a use of each.
+
+        Room is made as for models, for all of them first. False says that they will fit once adapters in use and models
+        in `busy` are done. Raises a subclass of AdapterInvalid, and OutOfMemory where they can never fit.
+        """
+        missing = [
+            StoredAdapter.open(folder, digest)
+            for digest, folder in adapters.items()
+            if not resident.adapters.use(digest)
+        ]
+        if not missing:
+            return True
+        needed = sum(stored.float32_bytes for stored in missing)
+        mine = {(resident.key, digest) for digest in adapters}
+        if not self._make_room(needed, {*busy, resident.key}, {*in_use, *mine}):
+            if set(in_use) - mine or set(busy) - {resident.key}:
+                return False
+            raise self._no_room_for_adapters(resident, adapters, needed)
+        for stored in missing:
+            try:
+                resident.adapters.attach(stored)
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                raise self._no_room_for_adapters(resident, adapters, needed) from error
+            self.events.tick()
+        self._make_room(0, {*busy, resident.key}, {*in_use, *mine})
+        return True
 
     def unload(self, key: str, *, reason: UnloadReason = "asked") -> bool:
         """Give a resident's memory back; False when it was not resident."""
@@ -125,15 +170,48 @@ class Residency:
                     raise
                 self.unload(idle, reason="evicted")
 
-    def _make_room(self, needed: int, spec: ModelSpec, busy: Collection[str]) -> bool:
-        if needed > self.device.limit_bytes:
-            raise self._too_large(spec, needed)
-        while self.used_bytes + needed > self.device.limit_bytes:
-            idle = next((key for key in self._residents if key not in busy), None)
-            if idle is None:
+    def _make_room(self, needed: int, busy: Collection[str], in_use: Collection[Use]) -> bool:
+        while (lacking := self.used_bytes + needed - self.device.limit_bytes) > 0:
+            idle = [
+                (one.last_used, key, one.digest, one.memory_bytes)
+                for key, resident in self._residents.items()
+                for one in resident.adapters
+                if (key, one.digest) not in in_use
+            ]
+            model = next((key for key in self._residents if key not in busy), None)
+            if sum(size for *_, size in idle) >= lacking:
+                self._detach(sorted(idle), lacking)
+            elif model is not None:
+                self.unload(model, reason="evicted")
+            else:
                 return False
-            self.unload(idle, reason="evicted")
         return True
+
+    def _detach(self, idle: list[tuple[float, str, str, int]], lacking: int) -> None:
+        """Detach the first of these until so many bytes are free."""
+        cycles = False
+        for _, key, digest, size in idle:
+            if lacking <= 0:
+                break
+            # PEFT's modules refer to each other.
+            cycles = self._residents[key].adapters.detach(digest) or cycles
+            lacking -= size
+        if cycles:
+            self.device.give_back()
+        else:
+            self.device.trim()
+
+    def _no_room_for_adapters(self, resident: Resident, adapters: Collection[str], missing: int) -> errors.OutOfMemory:
+        limit = self.device.limit_bytes
+        needed = missing + sum(one.memory_bytes for one in resident.adapters if one.digest in adapters)
+        return errors.OutOfMemory(
+            f"the job's adapters need {needed / 2**20:.0f} MiB beside {resident.spec.name}, and models and adapters "
+            f"may take {limit / 2**20:.0f} MiB here; ask for fewer at a time, use the base in 8bit or 4bit, or raise "
+            "the worker's bound of memory",
+            model=resident.spec.name,
+            needed_bytes=needed,
+            limit_bytes=limit,
+        )
 
     def _too_large(self, spec: ModelSpec, needed: int) -> LoadFault:
         limit = self.device.limit_bytes

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+from bathyscope_workers.adapters.attached import Adapters
 from bathyscope_workers.models.forward import Forward, Style
 from bathyscope_workers.models.selftest import SelfTest
 from bathyscope_workers.models.spec import ModelSpec
@@ -81,6 +82,21 @@ class Resident:
         """Lowered when a batch ran out of memory; None while the engine's own budget holds."""
         self.text_encoder: object | None = None
         """What the extraction keeps with the tokenizer, see `extraction.tokens.encoder_of`."""
+
+    @cached_property
+    def adapters(self) -> Adapters:
+        """The adapters attached to it."""
+        return Adapters(
+            self.model,
+            device=self.forward.device,
+            vocab_size=self.facts.vocab_size,
+            compute_dtype=self.facts.compute_dtype,
+        )
+
+    @property
+    def memory_bytes(self) -> int:
+        """Of the model and the adapters attached to it."""
+        return self.facts.memory_bytes + self.adapters.memory_bytes
 
     @property
     def key(self) -> str:

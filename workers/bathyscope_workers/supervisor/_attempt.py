@@ -21,7 +21,7 @@ from bathyscope_backplane.plane import Backplane
 from bathyscope_backplane.tracing import NOTHING, Span
 from bathyscope_backplane.vault import Credentials
 from bathyscope_workers.disk import out_of_space
-from bathyscope_workers.jobs import JobKind, JobWork
+from bathyscope_workers.jobs import AdapterJob, Existing, Handover, JobKind, JobWork
 from bathyscope_workers.models.spec import ModelSpec
 from bathyscope_workers.supervisor._meter import trace_stages
 from bathyscope_workers.supervisor._tasks import end_tasks
@@ -75,12 +75,14 @@ class Attempt:
     """The job's owner wants it stopped."""
 
     ended: str = "drain"
-    """How it ended: `succeeded`, `failed`, `retried`, `cancelled`, `lost`, or why the job was put back."""
+    """How it ended: `succeeded`, `failed`, `retried`, `cancelled`, `moved`, `lost`, or why the job was put back."""
 
     span: Span = NOTHING
 
     outcome: asyncio.Future[dict[str, Any]] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
     """The engine's last word: `done`, `failed` or `cancelled`."""
+
+    _job: JobWork | None = None
 
     _committed: Resource | None = None
     """What this very attempt made visible."""
@@ -109,6 +111,7 @@ class Attempt:
             raise
         except _Stopped:
             await self._settle("cancelled", lambda: broker.acknowledge_cancel(ref))
+            await self._discard()
         except ProblemError as error:
             reported = error.extra.pop("retry", None)  # of the engine's own problems
             if isinstance(error, OutOfSpace) or (reported is None and isinstance(error, Unavailable)):
@@ -118,6 +121,7 @@ class Attempt:
             problem = error.problem()
             _log.warning("job.failed", problem=problem["type"], retry=retry, **self.names)
             await self._settle("retried" if retry else "failed", lambda: broker.fail(ref, problem, retry=retry))
+            await self._discard()
         except Exception as error:
             if (full := out_of_space(error)) is not None:
                 await self._postpone(full)
@@ -174,7 +178,7 @@ class Attempt:
                 await self.plane.catalogue.index(committed)
                 return self.kind.path(lease.resource_id)
         payload = orjson.loads(lease.payload)
-        work = JobWork(self.plane, lease, payload, self.scratch, self.resident, self._credentials())
+        work = self._job = JobWork(self.plane, lease, payload, self.scratch, self.resident, self._credentials())
         self.scratch.mkdir()
         commands = await self.kind.commands(work)
         if self.cancelled:
@@ -203,17 +207,39 @@ class Attempt:
         with self.span.child("upload"):
             resource = await self._patiently(lambda: self.kind.conclude(work, event))
         assert resource is not None
+        if isinstance(resource, Existing):
+            await self._require_lease()
+            return resource.path
+        if isinstance(resource, Handover):
+            await self._hand_over(resource)
+            raise LostLease(lease.job_id)
         resource.private["timings"] = self._timings()
         try:
             await self._require_lease()
         except (LostLease, _Stopped):
-            for blob in resource.blobs.values():
-                await self.plane.store.delete(blob.key)
+            await self.plane.catalogue.drop(resource)
             raise
         with self.span.child("commit"):
             if await self._patiently(lambda: self.plane.catalogue.commit(resource)) is resource:
                 self._committed = resource
         return self.kind.path(lease.resource_id)
+
+    async def _hand_over(self, handover: Handover) -> None:
+        """The job goes on in another lane."""
+        await self._require_lease()
+        payload = orjson.dumps(handover.payload).decode()
+        await self._settle("moved", lambda: self.plane.broker.move(self.lease.ref, lane=handover.lane, payload=payload))
+        if self.ended == "moved":
+            _log.info("job.moved", to=handover.lane, **self.names)
+            for key in handover.drop:
+                with contextlib.suppress(Unavailable):  # the sweep removes it later
+                    await self.plane.store.delete(key)
+
+    async def _discard(self) -> None:
+        """Remove what was put by for an adapter that comes to nothing; one that is tried again needs it."""
+        if self.ended in ("failed", "cancelled") and isinstance(self.kind, AdapterJob) and self._job is not None:
+            with contextlib.suppress(Unavailable):  # the sweep removes it later
+                await self.kind.discard(self._job)
 
     def _credentials(self) -> Credentials:
         """What the request gave. Raises `CredentialUnreadable`: another worker may have the right master key."""
@@ -255,10 +281,11 @@ class Attempt:
 
     async def _drop_rows(self) -> None:
         """Remove the job's rows from the store: not before it has ended, since another attempt would need them."""
-        rows_key = orjson.loads(self.lease.payload).get("rows_key")
-        if rows_key is not None:
-            with contextlib.suppress(Unavailable):  # the sweep removes it later
-                await self.plane.store.delete(rows_key)
+        payload = orjson.loads(self.lease.payload)
+        for key in (payload.get("rows_key"), payload.get("archive_key")):
+            if key is not None:
+                with contextlib.suppress(Unavailable):  # the sweep removes it later
+                    await self.plane.store.delete(key)
 
     async def _withdraw(self) -> None:
         """Take a result back that was committed in the moment in which the lease was lost, when its job was ended

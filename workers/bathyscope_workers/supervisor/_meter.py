@@ -76,7 +76,7 @@ class Meter:
         self._files = gauge("worker_open_fds", "Open files of a process of the worker.", "process")
         for reason in ("asked", "evicted"):
             self._unloads.labels(reason)
-        for name in ("model", "cpu"):
+        for name in ("model", "cpu", "fetch"):
             for cause in ("died", "hung", "device"):
                 self._ends.labels(name, cause)  # alerts look at the rise, which begins at 0
 
@@ -108,7 +108,7 @@ class Meter:
             self._attempts.labels(lease.kind, attempt.ended).inc()
             if attempt.ended == "succeeded":
                 self._total.labels(lease.kind).observe(max(0.0, time.time() - lease.created_at / 1000))
-            else:
+            elif attempt.ended != "moved":
                 attempt.span.fail(attempt.ended)
             if attempt.ended == "lost":
                 self._losses.inc()

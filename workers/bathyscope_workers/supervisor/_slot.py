@@ -45,12 +45,16 @@ _IDLE_SECONDS = 1.0
 """Longest time between two looks at the queues, should a bell be lost."""
 
 
+SlotKind = Literal["model", "cpu", "fetch"]
+"""What an engine is for; the last two are one program, so that downloads and probes do not wait for each other."""
+
+
 class Slot:
     """An engine process, restarted when it dies, and the attempts that run in it."""
 
     def __init__(
         self,
-        kind: Literal["model", "cpu"],
+        kind: SlotKind,
         plane: Backplane,
         bell: Bell,
         *,
@@ -61,7 +65,7 @@ class Slot:
         meter: Meter,
         engine_module: str = ENGINE_MODULE,
     ) -> None:
-        self.kind: Literal["model", "cpu"] = kind
+        self.kind: SlotKind = kind
         self.attempts: dict[str, Attempt] = {}
         self.device: dict[str, Any] = {}
         """The engine's `ready` event."""
@@ -118,9 +122,9 @@ class Slot:
             return False
         if not await self._plane.space.has_room():  # the jobs stay where another worker finds them
             return False
-        if self.kind == "cpu":
-            # Jobs of this engine take turns anyway: holding more than a few keeps them from other workers.
-            return await self._take_from(["cpu"], min(free, max(0, 2 - len(self.attempts))))
+        if self.kind != "model":
+            # Jobs of such an engine take turns anyway: holding more than a few keeps them from other workers.
+            return await self._take_from([self.kind], min(free, max(0, 2 - len(self.attempts))))
         now = asyncio.get_running_loop().time()
         if not self.attempts and not self._quiet_since:
             self._quiet_since = now

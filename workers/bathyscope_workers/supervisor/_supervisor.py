@@ -23,6 +23,7 @@ from bathyscope_backplane.broker import Bell
 from bathyscope_backplane.logs import name_worker
 from bathyscope_backplane.plane import Backplane
 from bathyscope_backplane.workers import HEARTBEAT_SECONDS
+from bathyscope_workers.jobs import adapter_cache
 from bathyscope_workers.supervisor._engine import ENGINE_MODULE
 from bathyscope_workers.supervisor._meter import LOOK_SECONDS, Meter
 from bathyscope_workers.supervisor._slot import Slot
@@ -39,7 +40,8 @@ _ORPHANS_SECONDS = 3600
 
 
 class Supervisor:
-    """One worker: a model engine, a CPU engine, and all that they have to do with Redis and the store."""
+    """One worker: engines for models, for probes and for downloads, and all that they have to do with Redis and the
+    store."""
 
     def __init__(self, plane: Backplane, *, engine_module: str = ENGINE_MODULE) -> None:
         self._plane = plane
@@ -63,11 +65,13 @@ class Supervisor:
                 await self._plane.broker.subscribe() as listener,
                 listener.bell(worker=self.name) as model_bell,
                 listener.bell(["cpu"]) as cpu_bell,
+                listener.bell(["fetch"]) as fetch_bell,
             ):
                 self._meter = Meter(self._plane, scratch)
                 self._slots = [
                     self._slot("model", model_bell, scratch),
                     self._slot("cpu", cpu_bell, scratch),
+                    self._slot("fetch", fetch_bell, scratch),
                 ]
                 await self._run(model_bell)
         finally:
@@ -209,12 +213,20 @@ class Supervisor:
 
     async def _sweep(self) -> None:
         await asyncio.to_thread(sweep_scratch, self._plane.settings.data_dir / "scratch")
+        await adapter_cache(self._plane).sweep()
         while await self._plane.catalogue.sweep():
             pass
         if not await self._plane.catalogue.claim_sweep(_ORPHANS_SECONDS):
             return
         grace_s = self._plane.settings.jobs.orphan_hours * 3600
-        swept = await sweep(self._plane.store, self._plane.broker.knows, grace_s=grace_s)
+        plane = self._plane
+        swept = await sweep(
+            plane.store,
+            plane.broker.knows,
+            grace_s=grace_s,
+            shelf=plane.catalogue.shelf,
+            job_open=plane.broker.may_run,
+        )
         _log.info("store.swept", **asdict(swept))
 
 

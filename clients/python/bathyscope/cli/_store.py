@@ -97,7 +97,14 @@ def sweep(
 
     def call(plane: Backplane) -> Any:
         hours = plane.settings.jobs.orphan_hours if grace is None else grace
-        return artifacts.sweep(plane.store, plane.broker.knows, grace_s=hours * 3600, dry_run=dry_run)
+        return artifacts.sweep(
+            plane.store,
+            plane.broker.knows,
+            grace_s=hours * 3600,
+            dry_run=dry_run,
+            shelf=plane.catalogue.shelf,
+            job_open=plane.broker.may_run,
+        )
 
     swept = _with_plane(config, data_dir, call)
     if as_json:

@@ -13,6 +13,16 @@ from bathyscope.types._base import (
     RequestModel,
     WorkRequest,
 )
+from bathyscope.types.adapters import (
+    Adapter,
+    AdapterEffect,
+    AdapterFields,
+    AdapterRequest,
+    AdapterTensors,
+    TinkerModel,
+    TinkerModels,
+    Variant,
+)
 from bathyscope.types.extractions import (
     Dtype,
     Extraction,
@@ -46,6 +56,11 @@ from bathyscope.types.service import AuditEntry, Health, KeyLimits, KeyUse, Read
 
 __all__ = [
     "ENDED",
+    "Adapter",
+    "AdapterEffect",
+    "AdapterFields",
+    "AdapterRequest",
+    "AdapterTensors",
     "AnswerModel",
     "AuditEntry",
     "ComputeDtype",
@@ -92,7 +107,10 @@ __all__ = [
     "Residency",
     "Scores",
     "SelfTest",
+    "TinkerModel",
+    "TinkerModels",
     "TokenIdsInput",
+    "Variant",
     "Version",
     "Webhook",
     "WebhookState",

@@ -15,6 +15,7 @@ from bathyscope.types._base import (
     Time,
     WorkRequest,
 )
+from bathyscope.types.adapters import Variant
 
 Dtype = Literal["float32", "float16", "bfloat16"]
 Pooling = Literal["last", "mean", "max", "first", "none"]
@@ -113,7 +114,11 @@ class ExtractionOptions(RequestModel):
     model: str = Field(min_length=1, max_length=256)
     """Name of a base model, as `GET /v1/models` gives it."""
 
-    adapter: str | Annotated[list[str], Field(max_length=64)] | None = None
+    adapter: (
+        Annotated[str, Field(max_length=64)]
+        | Annotated[list[Annotated[str, Field(max_length=64)]], Field(min_length=1, max_length=64)]
+        | None
+    ) = None
     """An adapter's id, null for the base model, or a list such as `["base", "ad_…"]` for each on the same tokens."""
 
     quantization: Quantization = "none"
@@ -245,6 +250,13 @@ class Extraction(AnswerModel):
     adapter_digest: str | None = None
     """SHA-256 of the adapter; null for the base model."""
 
+    variants: list[Variant] | None = None
+    """Of a paired extraction: what each entry of the first axis was made with; null of any other."""
+
+    relative_change: list[list[float]] | None = None
+    """Of a paired extraction: for each variant, one number a layer (in the order of `layers`): the norm of its
+    difference from the first variant over the norm of that."""
+
     identity: Identity
     """What another extraction must share to be comparable."""
 
@@ -258,7 +270,8 @@ class Extraction(AnswerModel):
     """How tokens became one vector."""
 
     shape: list[int]
-    """`[inputs, layers, hidden]`; with pooling none `[tokens, layers, hidden]`."""
+    """`[inputs, layers, hidden]`; with pooling none `[tokens, layers, hidden]`; a paired one begins with the number
+    of variants."""
 
     dtype: Dtype
     """Type of the numbers."""

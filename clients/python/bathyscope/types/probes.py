@@ -32,7 +32,7 @@ class ProbeRequest(WorkRequest):
     """`auto` decides by the labels."""
 
     variant: str | None = Field(default=None, max_length=64)
-    """Which variant of a paired extraction to train on."""
+    """Which variant of a paired extraction to train on: an adapter's id, or `base`."""
 
     groups: list[StrictInt | Annotated[StrictStr, Field(max_length=256)]] | None = Field(default=None, fail_fast=True)
     """One a row: rows of one group never sit on both sides of a split."""
@@ -231,6 +231,9 @@ class PredictRequest(WorkRequest):
 
     extraction: str | None = Field(default=None, max_length=64)
     """States that exist already, instead of inputs."""
+
+    variant: str | None = Field(default=None, max_length=64)
+    """Which variant of a paired extraction to read; by default the one that has the probe's own adapter."""
 
     per_token: bool = False
     """One score for every token."""

@@ -17,6 +17,9 @@ from bathyscope_workers.adapters.unpacking import CONFIG, WEIGHTS
 
 _NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
+TARGETS = "targets"
+"""In the metadata of the saved weights: the targets as JSON, so that they are attached without converting again."""
+
 
 class Tensors(Mapping[str, torch.Tensor]):
     """Tensors by PEFT's names, each made from the source's file when it is asked for: one is in memory at a time."""
@@ -101,7 +104,8 @@ class Converted:
     def _write_weights(self, path: Path) -> None:
         # Wider elements first, as the safetensors library does, so that each tensor lies aligned.
         names = sorted(self.tensors, key=lambda name: (-self.tensors.dtype(name).itemsize, name))
-        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        targets = [[one.name, one.kind, one.prefix, one.rank, one.scale] for one in self.targets]
+        header: dict[str, Any] = {"__metadata__": {"format": "pt", TARGETS: json.dumps(targets)}}
         position = 0
         for name in names:
             end = position + self.tensors.nbytes(name)

@@ -1,0 +1,1 @@
+"""What is asked of Tinker's service directly."""
