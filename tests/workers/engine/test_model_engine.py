@@ -35,8 +35,9 @@ def test_load_run_and_what_is_told(start_engine: Any, tiny_llama: ModelSpec, ran
     loaded = engine.until("loaded")
     assert (loaded["key"], loaded["asked"]) == ("tiny/llama:none:float32", "tiny/llama:none:auto")
     assert loaded["facts"]["self_test"]["passed"]
+    assert (loaded.pop("seconds") > 0, loaded.pop("swapped")) == (True, False)
     engine.send(op="load", resident=tiny_llama.to_wire())
-    assert engine.until("loaded") == loaded, "every load is answered"
+    assert engine.until("loaded") == loaded, "every load is answered, and took time once"
     engine.run("job_1", "tiny/llama:none:float32", inputs(random_ids, 1), layers=[1, -1])
     done = engine.until("done")
     assert [event["ev"] for event in engine.log[-3:]] == ["running", "beat", "done"]
@@ -146,6 +147,22 @@ def test_an_evicted_model_comes_back(start_engine: Any, tiny_llama: ModelSpec, r
     small.run("a", first, inputs(random_ids, 300), layers=[4])
     small.run("b", second, inputs(random_ids, 3), layers=[4])
     assert [small.until("done")["id"] for _ in "ab"] == ["a", "b"]
+    loads = [event["swapped"] for event in small.log if event["ev"] == "loaded" and "seconds" in event]
+    assert loads == [False, True, True, True]
+
+
+def test_beats_tell_every_row_once(start_engine: Any, tiny_llama: ModelSpec, random_ids: Ids) -> None:
+    engine = start_engine(batch_tokens=40)
+    engine.extract("job_1", tiny_llama, inputs(random_ids, 30), layers=[4])
+    batches = [batch for event in engine.log if event["ev"] == "beat" for batch in event.get("batches", [])]
+    [done] = [event for event in engine.log if event["ev"] == "done"]
+    assert {batch[0] for batch in batches} == {"tiny/llama:none:float32"}
+    assert sum(batch[1] for batch in batches) == 30
+    assert sum(batch[2] for batch in batches) == done["result"]["tokens"]["total"]
+    assert sum(batch[3] for batch in batches) == done["result"]["tokens"]["computed"]
+    assert all(rows >= 1 and 0 < tokens <= padded for _, rows, tokens, padded, _ in batches)
+    assert len(batches) > 1
+    assert set(done["stages"]) == {"load", "tokenise", "forward"}
 
 
 def test_unload_waits_for_its_jobs(start_engine: Any, tiny_llama: ModelSpec, random_ids: Ids) -> None:
