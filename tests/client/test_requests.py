@@ -149,10 +149,10 @@ def test_key_and_address_come_from_the_environment(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setenv("BATHYSCOPE_URL", "https://host.test/below/")
     monkeypatch.setenv("BATHYSCOPE_API_KEY", " secret\n")
-    wire.then(answers.ok({"name": "n", "id": "key_1", "scopes": []}))
+    wire.then(answers.ok(answers.job()))
     with bathyscope.Client(transport=httpx2.MockTransport(wire)) as client:
-        client.whoami()
-    assert str(wire.requests[0].url) == "https://host.test/below/v1/whoami"
+        client.jobs.get("job_1")
+    assert str(wire.requests[0].url) == "https://host.test/below/v1/jobs/job_1"
     assert wire.requests[0].headers["authorization"] == "Bearer secret"
     assert "secret" not in repr(client) + repr(vars(client))
 

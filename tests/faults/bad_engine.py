@@ -37,7 +37,7 @@ def spin(channel: Channel, job: str, seconds: float = 6) -> None:
 
 
 def slog(channel: Channel, job: str) -> None:
-    spin(channel, job, 10)
+    spin(channel, job, 18)
 
 
 def garbage(channel: Channel, job: str) -> None:

@@ -105,8 +105,10 @@ class Chaos:
             self._over.set()
 
     def _keep(self) -> None:
-        """What an init system does: start again whatever ended, after a moment."""
-        while not self._over.wait(0.3):
+        """What an init system does: start again whatever ended, after a moment; also who was hit last."""
+        over = False
+        while not over:
+            over = self._over.wait(0.3)
             for name, process in list(self.stack.processes.items()):
                 with self._lock:
                     if process.poll() is None:

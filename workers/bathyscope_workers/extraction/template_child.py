@@ -6,6 +6,7 @@ Reads JSON lines `{"template", "messages", "special_tokens", "add_generation_pro
 
 from __future__ import annotations
 
+import contextlib
 import resource
 import signal
 import sys
@@ -68,4 +69,5 @@ def _bound_memory(extra: int) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with contextlib.suppress(BrokenPipeError):  # the engine is gone
+        main()

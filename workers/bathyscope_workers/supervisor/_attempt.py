@@ -102,8 +102,7 @@ class Attempt:
             if self.ended != "succeeded":
                 await self._withdraw()
                 return
-            if self.ended == "succeeded":
-                _log.info("job.succeeded", kind=self.lease.kind, **self.names)
+            _log.info("job.succeeded", kind=self.lease.kind, **self.names)
             await self._drop_rows()
         except (EngineGone, LostLease):
             raise
