@@ -15,7 +15,7 @@ from benchmarks import machine, report
 from benchmarks.bench import Bench
 from benchmarks.measure import ForeignLoad
 from benchmarks.report import Row
-from benchmarks.rows import memory, mixed, one_text
+from benchmarks.rows import adapters, memory, mixed, one_text
 from benchmarks.stack import running
 
 ROWS: dict[str, Callable[[Bench], Row]] = {
@@ -23,6 +23,8 @@ ROWS: dict[str, Callable[[Bench], Row]] = {
     "mixed-bfloat16": mixed.bfloat16,
     "one-text": one_text.run,
     "memory": memory.run,
+    "adapters": adapters.traffic,
+    "attach": adapters.attach,
 }
 _BFLOAT16_ONLY = {"mixed-bfloat16"}
 

@@ -317,7 +317,7 @@ def test_a_failing_job_takes_no_other_with_it(
     max_relative_error: Error,
 ) -> None:
     engine = start_engine(batch_tokens=4096)
-    good = {f"good-{number}": texts(random_ids, [number, number + 1]) for number in range(4)}
+    good = {f"good-{number}": [{"token_ids": random_ids(number, 10)}] for number in range(4)}
     want = {}
     for number, (name, inputs) in enumerate(good.items()):
         run(engine, f"{name}-alone", tiny_llama, inputs, [adapters[number]], job={"solo": True})
@@ -330,10 +330,10 @@ def test_a_failing_job_takes_no_other_with_it(
 
     embeddings.register_forward_pre_hook(dislike)
     # One that holds the loop for a moment, so that the next meet in a batch.
-    run(engine, "first", tiny_llama, [{"token_ids": random_ids(seed, 100)} for seed in range(2000)])
+    run(engine, "first", tiny_llama, [{"token_ids": random_ids(seed, 100)} for seed in range(500)])
     for number, (name, inputs) in enumerate(good.items()):
         run(engine, name, tiny_llama, inputs, [adapters[number]], job={"owner": name})
-    run(engine, "poison", tiny_llama, [{"token_ids": [1, 111, 3]}], [adapters[5]], job={"owner": "p"})
+    run(engine, "poison", tiny_llama, [{"token_ids": [111] * 10}], [adapters[5]], job={"owner": "p"})
     ended = engine.finished("first", "poison", *good)
     assert any(len(event["ids"]) > 3 for event in engine.log if event["ev"] == "running")
     assert ended["poison"]["ev"] == "failed"
@@ -407,9 +407,11 @@ def test_traffic_over_64_adapters(
             return torch.OutOfMemoryError("CUDA out of memory")
         return None
 
+    run(engine, "first", tiny_llama, inputs[2], [everyone[2]])  # the first looks which modules see rows apart
+    done(engine, "first")
     fault.raises = now_and_then
     jobs: dict[str, list[int]] = {}
-    for number in range(150):
+    for number in range(100):
         chosen = chance.sample(range(len(everyone)), k=chance.choice([1, 1, 1, 2, 4]))
         name = f"job-{number}"
         jobs[name] = chosen

@@ -166,24 +166,24 @@ def matrix_shape(module: nn.Module) -> tuple[int, int]:
 
 def matrix_of(module: nn.Module) -> torch.Tensor:
     """The (out, in) matrix that a linear module multiplies with, in float32, whatever it is quantized to."""
-    weight = module.get_parameter("weight")
-    state = getattr(module, "state", None)
+    weight: Any = module.get_parameter("weight")
     if type(weight).__name__ == "Int8Params":
+        state: Any = module.state
         # The scales move from the weight to the state in the first pass.
-        scales = weight.SCB if getattr(state, "SCB", None) is None else state.SCB  # type: ignore[union-attr]
-        matrix = weight.data if weight.dtype == torch.int8 else state.CB  # type: ignore[union-attr]
-        return matrix.float() * (scales.float() / 127)[:, None]
+        scales: torch.Tensor = weight.SCB if state.SCB is None else state.SCB
+        return torch.Tensor.float(weight.data) * (scales.float() / 127)[:, None]
     if type(weight).__name__ == "Params4bit":
         # Asked of the module itself: on CPU the packed weights have a layout of bitsandbytes' own.
         _, inner = matrix_shape(module)
         bias = getattr(module, "bias", None)
         parts = []
         with torch.inference_mode():
-            for part in torch.eye(inner, device=weight.device).split(_COLUMNS):
+            for part in torch.split(torch.eye(inner, device=weight.device), _COLUMNS):
                 columns = module(part).float()
                 parts.append(columns if bias is None else columns - bias.float())
         return torch.cat(parts).t().clone()
-    return weight.float() if isinstance(module, nn.Linear) else weight.float().t()
+    matrix: torch.Tensor = weight.detach().float()
+    return matrix if isinstance(module, nn.Linear) else matrix.t()
 
 
 _COLUMNS = 256
