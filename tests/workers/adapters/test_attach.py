@@ -221,6 +221,26 @@ def test_modules_that_see_gathered_tokens_do_not_mix(tmp_path: Path) -> None:
         model(input_ids=torch.cat([TOKENS, TOKENS]))
 
 
+def test_memory_that_runs_out_while_attaching(tmp_path: Path) -> None:
+    """Nothing of the adapter stays, and it attaches another time."""
+    case = BY_NAME["llama"]
+    stored, _, _ = tinker_adapter(case, tmp_path)
+    model = case.build()
+    adapters = adapters_of(model)
+
+    def full(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    before = shape_of(model)
+    handle = model.model.norm.register_forward_hook(full)
+    with pytest.raises(torch.OutOfMemoryError):
+        adapters.attach(stored)
+    handle.remove()
+    assert stored.digest not in adapters
+    assert shape_of(model) == before
+    assert adapters.attach(stored).mixable
+
+
 def test_gpt2_mixes(tmp_path: Path) -> None:
     """Weights held as [in, out]."""
     config = hf.GPT2Config(vocab_size=48, n_positions=64, n_embd=16, n_layer=2, n_head=4, initializer_range=0.15)

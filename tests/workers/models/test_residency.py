@@ -2,14 +2,21 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
+from transformers import AutoModelForCausalLM
 
 from bathyscope import errors
+from bathyscope_workers.adapters.skeleton import Skeleton
+from bathyscope_workers.adapters.stored import StoredAdapter
 from bathyscope_workers.models.device import Device
 from bathyscope_workers.models.residency import Residency, ResidencyEvents
+from bathyscope_workers.models.resident import Resident
 from bathyscope_workers.models.source import LoadFault
 from bathyscope_workers.models.spec import ModelSpec
+from tests.workers.adapters.attaching import converted_for, peft_adapter, variant_of
 
 
 class Watched:
@@ -106,3 +113,106 @@ def test_unload(watched: Watched, named: Callable[[str], ModelSpec]) -> None:
     assert not watched.residency.unload("a:none:auto")
     assert watched.residency.keys == []
     assert watched.said[-1] == "asked a:none:float32"
+
+
+@pytest.fixture(scope="module")
+def adapters(tiny_llama: ModelSpec, tmp_path_factory: pytest.TempPathFactory) -> list[StoredAdapter]:
+    folder = tmp_path_factory.mktemp("adapters")
+    converted = converted_for(Path(tiny_llama.source), folder / "source")
+    return [variant_of(converted, folder / str(seed), seed=seed) for seed in range(4)]
+
+
+def attach(residency: Residency, resident: Resident, *stored: StoredAdapter, **fields: Any) -> bool:
+    return residency.attach(resident, {one.digest: one.folder for one in stored}, **fields)
+
+
+def held(resident: Resident) -> set[str]:
+    return {one.digest for one in resident.adapters}
+
+
+def test_least_recently_used_adapters_go_first(
+    watched: Watched, named: Callable[[str], ModelSpec], adapters: list[StoredAdapter]
+) -> None:
+    each = adapters[0].float32_bytes
+    residency = Residency(Device("cpu", 1, 2 * watched.size + 2 * each + each // 2))
+    a, b = residency.get(named("a")), residency.get(named("b"))
+    assert a is not None
+    assert b is not None
+    one, two, three, four = adapters
+    assert attach(residency, a, one)
+    assert attach(residency, b, two)
+    assert attach(residency, a, one)
+    assert residency.used_bytes == 2 * (watched.size + each)
+    assert attach(residency, a, three)
+    assert (held(a), held(b)) == ({one.digest, three.digest}, set()), "of whichever model"
+    assert not attach(residency, a, four, in_use={(a.key, one.digest), (a.key, three.digest)}, busy={a.key, b.key})
+    assert attach(residency, a, four, in_use={(a.key, one.digest)}, busy={a.key, b.key})
+    assert held(a) == {one.digest, four.digest}
+    assert residency.keys == [a.key, b.key]
+    # All at once or none: the other model has to go for three.
+    assert attach(residency, a, one, two, three)
+    assert residency.keys == [a.key]
+    assert held(a) >= {one.digest, two.digest, three.digest}
+    assert residency.used_bytes <= residency.device.limit_bytes
+
+
+def test_a_model_evicts_adapters_where_that_is_enough(
+    watched: Watched, named: Callable[[str], ModelSpec], adapters: list[StoredAdapter]
+) -> None:
+    each = adapters[0].float32_bytes
+    residency = Residency(Device("cpu", 1, 2 * watched.size + each))
+    a = residency.get(named("a"))
+    assert a is not None
+    assert attach(residency, a, adapters[0], adapters[1])
+    assert residency.get(named("b"), in_use={(a.key, one.digest) for one in adapters[:2]}, busy={a.key}) is None
+    assert residency.get(named("b")) is not None
+    assert residency.peek(a.key) is a
+    assert held(a) == {adapters[1].digest}
+    residency.get(named("c"), busy={"b:none:float32"})
+    assert residency.keys == ["b:none:float32", "c:none:float32"], "it went, with its adapters"
+
+
+def test_adapters_beyond_the_bound(
+    watched: Watched, named: Callable[[str], ModelSpec], adapters: list[StoredAdapter]
+) -> None:
+    residency = Residency(Device("cpu", 1, watched.size + adapters[0].float32_bytes - 1))
+    a = residency.get(named("a"))
+    assert a is not None
+    with pytest.raises(errors.OutOfMemory) as raised:
+        attach(residency, a, adapters[0])
+    assert raised.value.extra["needed_bytes"] == adapters[0].float32_bytes
+    assert held(a) == set()
+
+
+@pytest.mark.parametrize("kind", ["plain", "saved"])
+def test_memory_falls_when_an_adapter_goes(kind: str, tiny_model: Callable[..., ModelSpec], tmp_path: Path) -> None:
+    """Of the process, as the kernel counts it."""
+    spec = tiny_model(
+        "Llama", name="tiny/broad", vocab_size=120, hidden_size=1024, intermediate_size=1024, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=4,
+    )  # fmt: skip
+    if kind == "plain":
+        stored = variant_of(converted_for(Path(spec.source), tmp_path / "source", rank=1024), tmp_path / "a", seed=1)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(spec.source)
+        config = {"target_modules": ["embed_tokens"], "modules_to_save": ["up_proj", "down_proj", "gate_proj"]}
+        stored = peft_adapter(model, Skeleton.read(Path(spec.source)), tmp_path, **config)
+        del model
+    residency = Residency(Device.pick(force_cpu=True))
+    resident = residency.get(spec)
+    assert resident is not None
+    residency.device.give_back()
+    before = anonymous()
+    attach(residency, resident, stored)
+    residency.device.give_back()
+    grown = anonymous() - before
+    assert grown > 0.8 * stored.float32_bytes > 15 * 2**20
+    residency.device = Device("cpu", 1, resident.facts.memory_bytes + 1)
+    assert residency._make_room(0, {resident.key}, ())
+    assert held(resident) == set()
+    assert anonymous() - before < 0.15 * grown
+
+
+def anonymous() -> int:
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith("RssAnon"))

@@ -46,7 +46,8 @@ def _watch(model: Any, ids: torch.Tensor) -> Seen:
     seen: Seen = defaultdict(list)
 
     def hook(module: nn.Module, args: tuple[torch.Tensor, ...], kwargs: dict[str, torch.Tensor]) -> None:
-        seen[module].append((args[0] if args else next(iter(kwargs.values()))).detach().float())
+        states = args[0] if args else next(iter(kwargs.values()))
+        seen[module].append(states.to(torch.float32, copy=True))  # it may be changed in place later
 
     handles = [
         module.register_forward_pre_hook(hook, with_kwargs=True) for module in model.modules() if is_linear(module)

@@ -92,10 +92,11 @@ class Adapters:
         if rest and not other:
             raise errors.AdapterTensorsUnmatched("tensors of the adapter belong to no target", names=sorted(rest))
         alone = None if not other else exclusive.build(self._model, stored.config, other, rest, self._dtype)
+        mixable = alone is None and self._sees_rows_apart(pairs)
         self._bank.attach(stored.digest, pairs)
         attached = Attached(
             stored.digest,
-            mixable=alone is None and self._sees_rows_apart(pairs),
+            mixable=mixable,
             memory_bytes=sum(pair.nbytes for pair in pairs.values()) + (alone.memory_bytes if alone else 0),
             last_used=time.monotonic(),
             exclusive=alone,

@@ -100,12 +100,12 @@ class Residents:
             return True
         self._announce([job.id])
         busy, in_use = self._in_use()
+        folders = {one["digest"]: Path(one["path"]) for one in named}
+        missing = sum(digest not in resident.adapters for digest in folders)
         started = time.monotonic()
-        done = self.residency.attach(
-            resident, {one["digest"]: Path(one["path"]) for one in named}, busy=busy, in_use=in_use
-        )
-        if done:
-            _log.debug("adapters.attached", count=len(named), seconds=round(time.monotonic() - started, 3))
+        done = self.residency.attach(resident, folders, busy=busy, in_use=in_use)
+        if missing and done:
+            _log.info("adapters.attached", count=missing, seconds=round(time.monotonic() - started, 3))
         return done
 
     def load_failed(self, asked: str, error: Exception) -> None:
