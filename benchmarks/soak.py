@@ -34,6 +34,7 @@ from benchmarks import machine
 from benchmarks.rss import rss_anon
 from benchmarks.stack import Stack, running
 from benchmarks.traffic import Traffic
+from tests.tiny import write_tiny
 
 PERIOD = 10.0
 _RESULTS = Path(__file__).parent / "results"
@@ -150,32 +151,6 @@ def judge(times: list[float], samples: list[dict[str, float]]) -> list[Judged]:
     return found
 
 
-def make_model(folder: Path) -> Path:
-    """A random Llama of four blocks with a byte-level tokenizer that knows every text."""
-    import torch
-    from tokenizers import ByteLevelBPETokenizer
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-    raw = ByteLevelBPETokenizer()
-    raw.train_from_iterator(["deep water"], vocab_size=300, special_tokens=["<s>", "</s>"], show_progress=False)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=300,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        bos_token_id=None,
-        eos_token_id=1,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer: Any = PreTrainedTokenizerFast  # its __init__ is not typed
-    tokenizer(tokenizer_object=raw._tokenizer, eos_token="</s>", model_max_length=512).save_pretrained(folder)
-    return folder
-
-
 async def soak(stack: Stack, minutes: float, clients: int, seed: int, console: Console) -> tuple[Traffic, Any, Any]:
     """The traffic, and when what was sampled."""
     traffic = Traffic(stack.url, clients=clients, seed=seed)
@@ -226,7 +201,7 @@ def main() -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the stack ends with the run
     console = Console(width=None if sys.stdout.isatty() else 130)
     with tempfile.TemporaryDirectory(prefix="bathyscope-soak-") as folder:
-        model = make_model(Path(folder))
+        model = write_tiny(Path(folder), ["deep water"])
         with running(models=f"tiny={model}", **_SETTINGS) as stack:
             traffic, times, samples = asyncio.run(soak(stack, options.minutes, options.clients, options.seed, console))
             said = stack.said()

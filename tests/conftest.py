@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.stack import Stack, stack
+from tests.tiny import write_tiny
 
 CORPUS = [
     "The capital of France is Paris.",
@@ -16,6 +17,11 @@ CORPUS = [
     "deep water, small fish 🐟, pressure and light",
     "0123456789 abcdefghijklmnopqrstuvwxyz ABCDEFGHIJKLMNOPQRSTUVWXYZ",
 ]
+
+CHAT = (
+    "{% for m in messages %}<s>{{ m['role'] }}: {{ m['content'] }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}<s>assistant: {% endif %}"
+)
 
 
 @pytest.fixture(scope="session")
@@ -29,34 +35,7 @@ def minilm_dir() -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random Llama of four blocks with a byte-level tokenizer that knows every text."""
-    import torch
-    from tokenizers import ByteLevelBPETokenizer
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-    folder = tmp_path_factory.mktemp("tiny")
-    raw = ByteLevelBPETokenizer()
-    raw.train_from_iterator(CORPUS, vocab_size=300, special_tokens=["<s>", "</s>"], show_progress=False)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw._tokenizer, eos_token="</s>", model_max_length=512)
-    tokenizer.chat_template = (
-        "{% for m in messages %}<s>{{ m['role'] }}: {{ m['content'] }}</s>{% endfor %}"
-        "{% if add_generation_prompt %}<s>assistant: {% endif %}"
-    )
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=300,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        bos_token_id=None,
-        eos_token_id=1,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    return write_tiny(tmp_path_factory.mktemp("tiny"), CORPUS, chat_template=CHAT)
 
 
 @pytest.fixture(scope="session")

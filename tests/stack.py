@@ -81,6 +81,20 @@ class Stack:
         self.processes[name] = process
         return process
 
+    def refusal(self, role: str, *options: str, **variables: str) -> str:
+        """What a `service` or `worker` says that must not start: one sentence, and exit status 1."""
+        ended = subprocess.run(
+            [sys.executable, "-m", "bathyscope.cli", role, *options],
+            env={**self.environment, **variables},
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        assert ended.returncode == 1, (options, ended.stderr)
+        assert len(ended.stderr.strip().splitlines()) == 1, (options, ended.stderr)
+        return ended.stderr
+
     def up(self, *, workers: int = 1, seconds: float = 120) -> Stack:
         """Start everything and wait until it is ready."""
         self.start("service", "service")

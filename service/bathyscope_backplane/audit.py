@@ -11,20 +11,19 @@ the others.
 from __future__ import annotations
 
 import asyncio
-import base64
 import contextlib
 import time
 from collections import deque
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import asdict, dataclass
 from typing import Any
 
-import orjson
 from redis.asyncio import Redis, RedisCluster
 
-from bathyscope.errors import FieldError, InvalidRequest, Unavailable
+from bathyscope.errors import Unavailable
+from bathyscope.types import AuditEntry
 from bathyscope_backplane.broker import answer
+from bathyscope_backplane.cursors import unwrap, wrap
 from bathyscope_backplane.logs import whatever_the_level
 from bathyscope_backplane.times import rfc3339
 
@@ -43,43 +42,6 @@ _SCANS = 20
 _log = whatever_the_level()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AuditEntry:
-    """One deed."""
-
-    at_ms: int
-    """Unix time of the answer."""
-
-    key: str | None
-    """Id of the API key; `local` without keys, `cli` on the command line, null when nobody was recognised."""
-
-    key_name: str | None
-    """What the operator calls the key; on the command line the user of the system."""
-
-    client: str | None
-    """Address that the request came from."""
-
-    method: str
-    """Of HTTP; `CLI` on the command line."""
-
-    route: str | None
-    """Template of the path, or the command; null for a path that is no route."""
-
-    ids: list[str]
-    """Jobs, resources and keys that it was about."""
-
-    status: int
-    """Of HTTP; 0 on the command line."""
-
-    problem: str | None = None
-    """Slug of the problem that it was answered with."""
-
-    def view(self) -> dict[str, Any]:
-        """The wire form."""
-        given = asdict(self)
-        return {"at": rfc3339(given.pop("at_ms")), **given}
-
-
 class AuditLog:
     """Notes entries and reads them."""
 
@@ -93,8 +55,7 @@ class AuditLog:
     def note(self, entry: AuditEntry) -> None:
         """Log an entry and leave it to the task that brings it to Redis; never waits, never fails."""
         with contextlib.suppress(OSError, ValueError):  # stderr may be closed or full
-            view = entry.view()
-            _log.info("audit", logger="audit", **{name: value for name, value in view.items() if name != "at"})
+            _log.info("audit", logger="audit", **entry.model_dump(exclude={"at"}))
         if len(self._waiting) < _WAITING:
             self._waiting.append(entry)
             self._bell.set()
@@ -140,7 +101,7 @@ class AuditLog:
         async with self._redis.pipeline(transaction=False) as pipe:
             for entry in batch:
                 stream = self._streams[entry.key is None]
-                fields = {"key": entry.key or "", "entry": orjson.dumps(asdict(entry))}
+                fields = {"key": entry.key or "", "entry": entry.model_dump_json()}
                 pipe.xadd(stream, fields, maxlen=self._kept, approximate=True)
             await answer(pipe.execute(), _PATIENCE_S)
 
@@ -153,7 +114,7 @@ class AuditLog:
         not from here.
         """
         streams = self._streams if key is None else self._streams[:1]
-        after = _decoded(cursor, len(self._streams)) if cursor is not None else None
+        after = unwrap(cursor, self._read_place) if cursor is not None else None
         found: list[AuditEntry] = []
         for _ in range(_SCANS):
             count = limit + 1 if key is None else _SCAN
@@ -169,16 +130,24 @@ class AuditLog:
                     return found, _encoded(after)
                 after = (place, number)
                 if key is None or fields["key"] == key:
-                    found.append(AuditEntry(**orjson.loads(fields["entry"])))
+                    found.append(AuditEntry.model_validate_json(fields["entry"]))
             if len(rows) < count:
                 return found, None
         return found, _encoded(after)
+
+    def _read_place(self, text: str) -> _Place:
+        """What `_encoded` wrote. Raises `ValueError`."""
+        milliseconds, number, stream = map(int, text.split("-"))
+        known = text.isascii() and 0 <= stream < len(self._streams)
+        if not (known and 0 <= milliseconds < 2**63 and 0 <= number < 2**63):
+            raise ValueError(text)
+        return (milliseconds, number), stream
 
 
 def deed_of_the_command_line(user: str, command: str, key_id: str) -> AuditEntry:
     """The entry of a command that changed a key."""
     return AuditEntry(
-        at_ms=int(time.time() * 1000),
+        at=rfc3339(int(time.time() * 1000)),
         key="cli",
         key_name=user,
         client=None,
@@ -186,6 +155,7 @@ def deed_of_the_command_line(user: str, command: str, key_id: str) -> AuditEntry
         route=command,
         ids=[key_id],
         status=0,
+        problem=None,
     )
 
 
@@ -210,18 +180,4 @@ def _encoded(after: _Place | None) -> str | None:
     if after is None:
         return None
     (milliseconds, number), stream = after
-    return base64.urlsafe_b64encode(f"{milliseconds}-{number}-{stream}".encode()).decode().rstrip("=")
-
-
-def _decoded(cursor: str, streams: int) -> _Place:
-    try:
-        text = base64.urlsafe_b64decode(cursor + "=" * (-len(cursor) % 4)).decode("ascii")
-        milliseconds, number, stream = (int(part) for part in text.split("-"))
-        if not (0 <= milliseconds < 2**63 and 0 <= number < 2**63 and 0 <= stream < streams):
-            raise ValueError(cursor)
-    except ValueError:
-        raise InvalidRequest(
-            "The cursor is not one that this list gave.",
-            errors=[FieldError(pointer="/cursor", detail="take next_cursor from the page before")],
-        ) from None
-    return (milliseconds, number), stream
+    return wrap(f"{milliseconds}-{number}-{stream}")

@@ -11,17 +11,16 @@ from __future__ import annotations
 import hashlib
 import secrets
 import time
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 import orjson
 from redis.asyncio import Redis, RedisCluster
-from redis.exceptions import NoScriptError
 
 from bathyscope.errors import SetupError, Unavailable
 from bathyscope_backplane.broker import answer
 from bathyscope_backplane.ids import is_id, new_id
+from bathyscope_backplane.scripts import LuaScript, SmallScript
 
 Scope = Literal["admin", "user", "metrics"]
 SCOPES: tuple[Scope, ...] = ("admin", "user", "metrics")
@@ -98,15 +97,14 @@ class ApiKey:
 LOCAL = ApiKey(id="local", name="local", scopes=["admin", "user", "metrics"], created_ms=0)
 """Who asks when the service runs without keys, on loopback."""
 
-_LOOK_UP = """#!lua flags=no-writes
+_LOOK_UP = LuaScript("""#!lua flags=no-writes
 local entry = redis.call('HGET', KEYS[2], ARGV[1])
 local record = entry and redis.call('HGET', KEYS[1], string.match(entry, '^[^|]*'))
 return { redis.call('HLEN', KEYS[1]), entry or '', record or '' }
-"""
+""")
 """-> keys there are, the digest's entry, its record."""
 
-_CHANGE = """#!lua flags=allow-oom
-local id, name, expected, record = ARGV[1], ARGV[2], ARGV[3], ARGV[4]
+_CHANGE = SmallScript("""local id, name, expected, record = ARGV[1], ARGV[2], ARGV[3], ARGV[4]
 if (redis.call('HGET', KEYS[1], id) or '') ~= expected then return 'changed' end
 if expected == '' then
   for _, other in ipairs(redis.call('HVALS', KEYS[1])) do
@@ -124,7 +122,7 @@ for i = 5, #ARGV, 2 do
   else redis.call('HSET', KEYS[2], ARGV[i], ARGV[i + 1]) end
 end
 return 'done'
-"""
+""")
 """Sets or (empty) removes a record, when it is as expected (empty: not there, and its name free), and digests."""
 
 
@@ -242,7 +240,8 @@ class KeyStore:
 
         The first use of a key on a day is noted, which takes another.
         """
-        count, entry, found = await self._run(_LOOK_UP, [self._records, self._hashes], [_hash(secret or "")])
+        asked = _LOOK_UP.run(self._redis, [self._records, self._hashes], _hash(secret or ""))
+        count, entry, found = await answer(asked, _PATIENCE_S)
         if secret is None or not found:
             return count > 0, None
         key, until = ApiKey.parse(found), _entry(entry)[1]
@@ -276,19 +275,10 @@ class KeyStore:
         self, key_id: str, name: str, expected: str | bytes, record: bytes, digests: dict[str, str]
     ) -> str:
         pairs = [text for pair in digests.items() for text in pair]
-        outcome: str = await self._run(
-            _CHANGE, [self._records, self._hashes, self._days], [key_id, name, expected, record, *pairs]
-        )
+        keys = [self._records, self._hashes, self._days]
+        changed = _CHANGE.run(self._redis, keys, key_id, name, expected, record, *pairs)
+        outcome: str = await answer(changed, _PATIENCE_S)
         return outcome
-
-    async def _run(self, script: str, keys: Sequence[str], values: Sequence[str | bytes]) -> Any:
-        async def call() -> Any:
-            try:
-                return await self._redis.evalsha(_sha(script), len(keys), *keys, *values)
-            except NoScriptError:
-                return await self._redis.eval(script, len(keys), *keys, *values)
-
-        return await answer(call(), _PATIENCE_S)
 
 
 def _entry(text: str) -> tuple[str, int | None]:
@@ -307,7 +297,3 @@ def _now_ms() -> int:
 
 def _hash(secret: str) -> str:
     return hashlib.sha256(secret.encode()).hexdigest()
-
-
-def _sha(script: str) -> str:
-    return hashlib.sha1(script.encode(), usedforsecurity=False).hexdigest()  # Redis' own name for it

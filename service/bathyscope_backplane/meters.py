@@ -10,14 +10,12 @@ import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlsplit
 
 from prometheus_client import Counter, Histogram
 from prometheus_client.core import Metric
 from prometheus_client.registry import Collector, CollectorRegistry
 
 from bathyscope_backplane.artifacts import ArtifactStore
-from bathyscope_backplane.settings import Settings
 
 SHORT_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 """Buckets of requests and of calls to the store."""
@@ -85,12 +83,9 @@ def gather(dumps: Mapping[str, list[Any]]) -> Iterator[Metric]:
     yield from families.values()
 
 
-def folders(settings: Settings) -> dict[str, Path]:
+def folders(data_dir: Path, store: ArtifactStore) -> dict[str, Path]:
     """The folders whose disks fill up: the data folder, and the store's when it is one."""
-    found = {"data": settings.data_dir}
-    if settings.artifacts_url.startswith("file://"):
-        found["store"] = Path(unquote(urlsplit(settings.artifacts_url).path))
-    return found
+    return {"data": data_dir} | ({"store": store.folder} if store.folder is not None else {})
 
 
 def disk_bytes(folder: Path) -> tuple[int, int]:

@@ -40,7 +40,7 @@ class WorkerBoard:
 
     async def publish(self, name: str, info: dict[str, Any]) -> None:
         """Say that a worker lives, and what it holds."""
-        told = _PUBLISH(self._redis, self._prefix, name, orjson.dumps(info), _SILENT_SECONDS)
+        told = _PUBLISH.run(self._redis, [self._prefix], name, orjson.dumps(info), _SILENT_SECONDS)
         await answer(told, _PATIENCE_S)
 
     async def withdraw(self, name: str) -> None:

@@ -17,9 +17,10 @@ from fastapi import Request
 from starlette.routing import compile_path
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from bathyscope_backplane.audit import AuditEntry
+from bathyscope.types import AuditEntry
 from bathyscope_backplane.ids import made_ms
 from bathyscope_backplane.keys import ApiKey
+from bathyscope_backplane.times import rfc3339
 from bathyscope_service.context import Context
 
 _PROBLEM = b"application/problem+json"
@@ -80,7 +81,7 @@ class Audit:
         context: Context = scope["app"].state.context
         context.plane.audit.note(
             AuditEntry(
-                at_ms=int(time.time() * 1000),
+                at=rfc3339(int(time.time() * 1000)),
                 key=caller.id if caller is not None else None,
                 key_name=caller.name if caller is not None else None,
                 client=_address(scope),

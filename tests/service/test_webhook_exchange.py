@@ -16,8 +16,9 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
+from bathyscope_backplane.addresses import Address, is_public
 from bathyscope_service.webhooks.exchange import Exchange, Outcome
-from bathyscope_service.webhooks.targets import Address, is_public, parse
+from bathyscope_service.webhooks.targets import parse
 from tests.service.receiver import Receiver, receiver
 
 OUTSIDE = ipaddress.ip_address("127.0.0.2")

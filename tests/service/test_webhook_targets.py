@@ -10,7 +10,8 @@ import pytest
 from hypothesis import example, given
 
 from bathyscope.errors import InvalidRequest
-from bathyscope_service.webhooks.targets import check_target, is_public, parse
+from bathyscope_backplane.addresses import is_public
+from bathyscope_service.webhooks.targets import check_target, parse
 
 PRIVATE = [
     "0.0.0.0/8",

@@ -14,7 +14,6 @@ and what adapters share and claim (`Shelf`).
 
 from __future__ import annotations
 
-import base64
 import time
 from collections.abc import Awaitable
 from importlib.resources import files
@@ -22,11 +21,11 @@ from typing import Any, Literal
 
 from redis.asyncio import Redis, RedisCluster
 
-from bathyscope.errors import InvalidRequest
 from bathyscope_backplane.artifacts._resource import Resource, manifest_key
 from bathyscope_backplane.artifacts._shelf import SHELF, Claim, Shelf, dump
 from bathyscope_backplane.artifacts._store import ArtifactStore
 from bathyscope_backplane.broker import answer
+from bathyscope_backplane.cursors import unwrap, wrap
 from bathyscope_backplane.scripts import SmallScript
 
 _PATIENCE_S = 8.0
@@ -92,9 +91,9 @@ class Catalogue:
         """Enter a committed resource into Redis; once or many times makes no difference."""
         shelved = _shelved(resource)
         outcome: int = await self._ask(
-            _INDEX(
+            _INDEX.run(
                 self._redis,
-                self._prefix,
+                [self._prefix],
                 resource.id,
                 resource.kind,
                 resource.owner,
@@ -146,7 +145,7 @@ class Catalogue:
     ) -> tuple[list[Resource], str | None]:
         """One page, newest first, of one owner or (None) of all; and the next page's cursor."""
         key = f"{self._prefix}list:{kind}:{owner or ''}"
-        below = _decode_cursor(cursor) if cursor is not None else None
+        below = unwrap(cursor, _entry) if cursor is not None else None
         found: list[Resource] = []
         highest: float | str = "+inf" if below is None else below[0]
         ids = await self._ask(
@@ -161,7 +160,7 @@ class Catalogue:
             found = [Resource.parse(value) for value in values if value is not None]
             found = [resource for resource in found if not resource.expired]
         last = page[-1] if page and len(entries) > limit else None
-        return found, _encode_cursor(last) if last is not None else None
+        return found, wrap(f"{last[1]}:{last[0]}") if last is not None else None
 
     async def delete(self, resource: Resource, *, expired: bool = False) -> None:
         """Remove a resource: from Redis first, then the manifest, then the blobs.
@@ -169,9 +168,9 @@ class Catalogue:
         What is cut short by an outage the sweep ends; the resource is not seen any more in any case.
         """
         await self._ask(
-            _REMOVE(
+            _REMOVE.run(
                 self._redis,
-                self._prefix,
+                [self._prefix],
                 resource.id,
                 resource.kind,
                 resource.owner,
@@ -219,19 +218,9 @@ def _shelved(resource: Resource) -> tuple[str, str] | None:
     return str(resource.body["digest"]), str(resource.body.get("name") or "")
 
 
-def _encode_cursor(entry: tuple[str, int]) -> str:
-    return base64.urlsafe_b64encode(f"{entry[1]}:{entry[0]}".encode()).decode().rstrip("=")
-
-
-def _decode_cursor(cursor: str) -> tuple[int, str]:
-    try:
-        text = base64.urlsafe_b64decode(cursor + "=" * (-len(cursor) % 4)).decode("ascii")
-        score, _, member = text.partition(":")
-        if not member or not score.isdigit() or len(score) > 15:
-            raise ValueError(cursor)
-        return int(score), member
-    except ValueError:
-        raise InvalidRequest(
-            "The cursor is not one that this list gave.",
-            errors=[{"pointer": "/cursor", "detail": "take next_cursor from the page before"}],
-        ) from None
+def _entry(text: str) -> tuple[int, str]:
+    """Time and id of the last entry of a page. Raises `ValueError`."""
+    score, _, member = text.partition(":")
+    if not member or not text.isascii() or not score.isdigit() or len(score) > 15:
+        raise ValueError(text)
+    return int(score), member

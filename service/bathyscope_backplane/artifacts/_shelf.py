@@ -87,7 +87,7 @@ class Shelf:
 
     async def hold(self, digest: str, claim: Claim) -> Blobs | None:
         """A share in the files of a digest, when there are any already."""
-        found = await self._ask(_HOLD(self._redis, self._prefix, str(claim), digest, _now_ms()))
+        found = await self._ask(_HOLD.run(self._redis, [self._prefix], str(claim), digest, _now_ms()))
         return _parsed(found) if found else None
 
     async def claim(
@@ -98,9 +98,9 @@ class Shelf:
         `dead`: claims of jobs that ended without an adapter; they do not count.
         """
         outcome, value = await self._ask(
-            _CLAIM(
+            _CLAIM.run(
                 self._redis,
-                self._prefix,
+                [self._prefix],
                 claim.id,
                 claim.job,
                 owner,
@@ -116,7 +116,9 @@ class Shelf:
     async def release(self, claims: Iterable[Claim], owner: str, digest: str, name: str | None, key: str) -> bool:
         """Give shares and claims back; whether the folder of the weights at `key` is nobody's now, and may go."""
         return bool(
-            await self._ask(_RELEASE(self._redis, self._prefix, key, digest, owner, name or "", *map(str, claims)))
+            await self._ask(
+                _RELEASE.run(self._redis, [self._prefix], key, digest, owner, name or "", *map(str, claims))
+            )
         )
 
     async def holders(self, key: str) -> list[Claim]:

@@ -24,7 +24,6 @@ before it begins, unless it is marked `allow_oom`, as all are that lead towards 
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 import json
 from collections.abc import Awaitable, Callable
@@ -33,7 +32,7 @@ from functools import cache
 from importlib.resources import files
 from typing import Any, Generic, ParamSpec, Protocol, TypeVar, cast
 
-from redis.exceptions import NoScriptError
+from bathyscope_backplane.scripts import LuaScript
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -60,33 +59,19 @@ class Link:
     """A JSON object."""
 
 
-class Script(Generic[P, R]):
+class Script(LuaScript, Generic[P, R]):
     """One Lua file, bound to the signature of its stub."""
 
     def __init__(self, stub: Callable[P, R], flags: str) -> None:
         self.name = stub.__name__
         self.__doc__ = stub.__doc__
         self.parameters = list(inspect.signature(stub).parameters.values())
-        self.text = "\n".join(
-            [f"#!lua{flags}", *_header(self.parameters), source("common"), source(self.name)],
-        )
-        # The protocol's own name for a script, no security hangs on it.
-        self.sha = hashlib.sha1(self.text.encode(), usedforsecurity=False).hexdigest()
+        super().__init__("\n".join([f"#!lua{flags}", *_header(self.parameters), source("common"), source(self.name)]))
 
     async def __call__(self, link: Link, /, *args: P.args, **kwargs: P.kwargs) -> R:
         """Run it: one round trip, two when the server does not know the script (first use, restart)."""
-        redis = link.redis
-        argv = [
-            link.prefix,
-            link.skew_ms,
-            link.terms,
-            *(_encode(kwargs[parameter.name]) for parameter in self.parameters),
-        ]
-        try:
-            reply = await redis.evalsha(self.sha, 1, *argv)
-        except NoScriptError:
-            reply = await redis.eval(self.text, 1, *argv)
-        return cast(R, reply)
+        given = (_encode(kwargs[parameter.name]) for parameter in self.parameters)
+        return cast(R, await self.run(link.redis, [link.prefix], link.skew_ms, link.terms, *given))
 
 
 def lua(*, allow_oom: bool = False, read_only: bool = False) -> Callable[[Callable[P, R]], Script[P, R]]:

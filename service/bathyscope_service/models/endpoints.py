@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from base64 import urlsafe_b64decode, urlsafe_b64encode
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, Query, Request
 from starlette.responses import Response
 
 from bathyscope import errors
-from bathyscope.errors import FieldError
 from bathyscope.types import ExtractionOptions, Job, LoadRequest, Model, Page
+from bathyscope_backplane.cursors import unwrap, wrap
 from bathyscope_backplane.keys import ApiKey
 from bathyscope_backplane.registry import ModelEntry
 from bathyscope_service.bodies import describes, json_body
@@ -48,22 +47,12 @@ async def list_models(
     cursor: Annotated[str | None, Query(max_length=512)] = None,
 ) -> Response:
     """Every base model that the operator offers, by name, and where it is resident."""
-    after = _name_of(cursor) if cursor is not None else ""
+    after = unwrap(cursor, str) if cursor is not None else ""
     names = [name for name in context.plane.registry.names() if name > after]
     alive = await context.plane.workers.alive()
     entries = [await context.plane.workers.entry(context.plane.registry, name) for name in names[:limit]]
-    next_cursor = urlsafe_b64encode(names[limit - 1].encode()).decode() if len(names) > limit else None
+    next_cursor = wrap(names[limit - 1]) if len(names) > limit else None
     return json_response({"data": [_view(entry, alive) for entry in entries], "next_cursor": next_cursor})
-
-
-def _name_of(cursor: str) -> str:
-    try:
-        return urlsafe_b64decode(cursor).decode()
-    except ValueError:
-        raise errors.InvalidRequest(
-            "The cursor is not one that this list gave.",
-            errors=[FieldError(pointer="/cursor", detail="take next_cursor from the page before")],
-        ) from None
 
 
 @router.get("/{name:path}", summary="Read a model", response_model=Model, responses=responses(errors.ModelUnknown))

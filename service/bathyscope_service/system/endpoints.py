@@ -26,7 +26,6 @@ from bathyscope_service.system import metrics as metric
 router = APIRouter(tags=["service"])
 
 _PACKAGES = ("fastapi", "pydantic", "redis", "obstore", "uvicorn", "numpy", "pyarrow")
-_CHECK_SECONDS = 3.0
 
 
 @router.get("/healthz", summary="Is the process alive", response_model=Health)
@@ -44,19 +43,12 @@ async def healthz() -> Response:
 async def readyz(context: Ctx) -> Response:
     """Whether Redis and the store answer, the disks have room and at least one worker lives."""
 
-    async def works(check: Any) -> Any:
-        try:
-            async with asyncio.timeout(_CHECK_SECONDS):
-                return await check
-        except Exception:
-            return None
-
     plane = context.plane
     ping, store, space, alive = await asyncio.gather(
-        works(plane.redis.ping()),
-        works(plane.space.store_answers()),
-        works(plane.space.has_room()),
-        works(plane.workers.alive()),
+        metric.soon(plane.redis.ping()),
+        metric.soon(plane.space.store_answers()),
+        metric.soon(plane.space.has_room()),
+        metric.soon(plane.workers.alive()),
     )
     redis, workers = ping is not None, len(alive or {})
     ready = redis and store is True and space is True and workers > 0
@@ -152,7 +144,7 @@ async def audit(
     """
     since_ms = max(0, int(since.timestamp() * 1000)) if since is not None else 0
     found, next_cursor = await context.plane.audit.list(key=key, since_ms=since_ms, limit=limit, cursor=cursor)
-    return json_response({"data": [entry.view() for entry in found], "next_cursor": next_cursor})
+    return json_response({"data": [entry.model_dump() for entry in found], "next_cursor": next_cursor})
 
 
 @router.get("/metrics", summary="Metrics", response_class=PlainTextResponse, responses=responses())

@@ -24,7 +24,7 @@ from bathyscope_service.context import Context
 T = TypeVar("T")
 
 _SECONDS = 3.0
-"""How long each part is waited for."""
+"""How long a part is waited for."""
 
 _LANES = 500
 """Lanes that are told apart, those with most jobs: where every hub model may be asked for there is no end of them."""
@@ -45,28 +45,23 @@ async def metrics(context: Context) -> tuple[bytes, str]:
     """The exposition text and its media type."""
     plane = context.plane
     stats, workers, memory, store = await asyncio.gather(
-        _soon(plane.broker.stats()),
-        _soon(plane.workers.alive()),
-        _soon(_redis_memory(plane.redis)),
-        _soon(_checked(plane.store.check())),
+        soon(plane.broker.stats()),
+        soon(plane.workers.alive()),
+        soon(_redis_memory(plane.redis)),
+        soon(plane.space.store_answers()),
     )
     found = Found(stats, workers, memory or {}, store is True)
     content = await asyncio.to_thread(generate_latest, _Snapshot(context, found, list(_places(context))))
     return content, CONTENT_TYPE_LATEST
 
 
-async def _soon(part: Awaitable[T]) -> T | None:
+async def soon(part: Awaitable[T]) -> T | None:
     """The answer of a part, null when it gives none in time."""
     try:
         async with asyncio.timeout(_SECONDS):
             return await part
     except Exception:
         return None
-
-
-async def _checked(check: Awaitable[None]) -> bool:
-    await check
-    return True
 
 
 async def _redis_memory(redis: Any) -> dict[str, int]:
@@ -87,7 +82,8 @@ class _Snapshot(Collector):
         """Every metric with its present value."""
         yield from own(self._context.meters.registry)
         yield from self._places
-        yield from _disks(folders(self._context.plane.settings))
+        plane = self._context.plane
+        yield from _disks(folders(plane.settings.data_dir, plane.store))
         found = self._found
         up = found.stats is not None and found.workers is not None
         yield GaugeMetricFamily("bathyscope_redis_up", "Whether Redis answered.", value=up)
@@ -96,7 +92,7 @@ class _Snapshot(Collector):
             if name in found.memory:
                 yield GaugeMetricFamily(f"bathyscope_redis_memory_{name}_bytes", text, value=found.memory[name])
         if found.stats is not None:
-            yield from _lanes(found.stats.lanes, _lanes_on_offer(self._context.plane.registry))
+            yield from _lanes(found.stats.lanes, _lanes_on_offer(plane.registry))
             yield from _jobs(found.stats)
         if found.workers is not None:
             yield from _workers(found.workers)

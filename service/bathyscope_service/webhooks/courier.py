@@ -27,13 +27,14 @@ from structlog.contextvars import bind_contextvars
 
 from bathyscope.errors import Unavailable
 from bathyscope.webhooks import DELIVERY_HEADER, SIGNATURE_HEADER, sign
+from bathyscope_backplane.addresses import is_public
 from bathyscope_backplane.broker import Hook, HookQueue
 from bathyscope_backplane.keys import LOCAL
 from bathyscope_backplane.settings import WebhookSettings
 from bathyscope_service.context import Context
 from bathyscope_service.jobs.views import job_view
 from bathyscope_service.webhooks.exchange import Exchange, Outcome
-from bathyscope_service.webhooks.targets import is_public, parse
+from bathyscope_service.webhooks.targets import parse
 
 _POLL_SECONDS = 0.5
 _OUTAGE_SECONDS = 2.0

@@ -19,7 +19,8 @@ from typing import Any, Literal
 
 import httpcore2
 
-from bathyscope_service.webhooks.targets import Address, Target, is_public
+from bathyscope_backplane.addresses import Address, is_public
+from bathyscope_service.webhooks.targets import Target
 
 Resolve = Callable[[str], Awaitable[list[Address]]]
 

@@ -19,8 +19,7 @@ from urllib.parse import quote
 import idna
 
 from bathyscope.errors import FieldError, InvalidRequest
-
-Address = ipaddress.IPv4Address | ipaddress.IPv6Address
+from bathyscope_backplane.addresses import Address, is_public
 
 _URL = re.compile(r"(?P<scheme>https?)://(?P<authority>[^/?#]*)(?P<path>[^?#]*)(?P<query>\?[^#]*)?", re.IGNORECASE)
 _AUTHORITY = re.compile(r"(?P<host>\[[0-9A-Fa-f:.]{2,45}\]|[^\[\]:]{1,255})(?::(?P<port>[0-9]{1,5}))?")
@@ -28,19 +27,6 @@ _LABEL = re.compile(r"[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?")
 _NUMBER = re.compile(r"[0-9]+|0x[0-9a-f]*")
 _LOWEST_OPEN_PORT = 1024  # below it only the web's own: a webhook is no way to speak to a mail server
 _WEB_PORTS = {"http": 80, "https": 443}
-
-_GLOBAL_V6 = ipaddress.IPv6Network("2000::/3")
-_NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
-_REFUSED = tuple(
-    ipaddress.ip_network(network)
-    for network in (
-        "192.88.99.0/24",  # 6to4 relays
-        "168.63.129.16/32",  # Azure's host, reached from every guest
-        "2002::/16",  # 6to4: carries an IPv4 address
-        "2001::/23",  # protocol assignments, Teredo among them
-        "3fff::/20",  # documentation (RFC 9637); not known to every Python that this runs on
-    )
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,16 +130,3 @@ def _host(text: str) -> tuple[str, Address | None]:
             raise ValueError("its host is no IPv4 address") from None
         return str(address), address
     return host, None
-
-
-def is_public(address: Address) -> bool:
-    """Whether an address is one of the public internet, whichever IPv4 address an IPv6 one may carry."""
-    if isinstance(address, ipaddress.IPv6Address):
-        inner = address.ipv4_mapped
-        if inner is None and address in _NAT64:
-            inner = ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
-        if inner is not None:
-            return is_public(inner)
-        if address not in _GLOBAL_V6:
-            return False
-    return address.is_global and not address.is_multicast and not any(address in network for network in _REFUSED)

@@ -102,7 +102,7 @@ class Attempt:
             if self.ended != "succeeded":
                 await self._withdraw()
                 return
-            _log.info("job.succeeded", kind=self.lease.kind, **self.names)
+            _log.info("job.succeeded", kind=self.lease.kind)
             await self._drop_rows()
         except (EngineGone, LostLease):
             raise
@@ -118,20 +118,20 @@ class Attempt:
                 return
             retry = isinstance(error, Unavailable) or reported is True
             problem = error.problem()
-            _log.warning("job.failed", problem=problem["type"], retry=retry, **self.names)
+            _log.warning("job.failed", problem=problem["type"], retry=retry)
             await self._settle("retried" if retry else "failed", lambda: broker.fail(ref, problem, retry=retry))
             await self._discard()
         except Exception as error:
             if (full := out_of_space(error)) is not None:
                 await self._postpone(full)
                 return
-            _log.error("job.fault", exc_info=error, **self.names)
+            _log.error("job.fault", exc_info=error)
             problem = InternalError("A fault of the worker; it was logged and can be reported.").problem()
             await self._settle("retried", lambda: broker.fail(ref, problem, retry=True))
 
     @property
     def names(self) -> dict[str, Any]:
-        """What every line of the log about it says."""
+        """What every line of the log about it says; those of its own task do by themselves."""
         lease = self.lease
         return {"job": lease.job_id, "attempt": lease.attempt, "lane": lease.lane, "key": lease.owner}
 
@@ -194,7 +194,7 @@ class Attempt:
             raise LostLease(lease.job_id)
         if event["ev"] == "failed":
             if await self.is_for_another(lease.lane, event["problem"]):
-                _log.warning("job.left_to_another", **self.names)
+                _log.warning("job.left_to_another")
                 await self._settle("elsewhere", lambda: self.plane.broker.release(lease.ref, reason="elsewhere"))
                 raise LostLease(lease.job_id)
             raise _reported(event)
@@ -276,7 +276,7 @@ class Attempt:
             self.ended = how
         else:
             self.ended = "lost"
-            _log.warning("job.lease_lost", **self.names)
+            _log.warning("job.lease_lost")
 
     async def _drop_rows(self) -> None:
         """Remove the job's rows from the store: not before it has ended, since another attempt would need them."""
@@ -299,7 +299,7 @@ class Attempt:
     async def _postpone(self, error: ProblemError) -> None:
         """What was wanting, room or the store, is no fault of the job."""
         problem = error.problem()
-        _log.warning("job.postponed", problem=problem["type"], detail=error.detail, **self.names)
+        _log.warning("job.postponed", problem=problem["type"], detail=error.detail)
         await self._settle("postponed", lambda: self.plane.broker.postpone(self.lease.ref, problem))
 
     async def _patiently(self, call: Callable[[], Awaitable[T]]) -> T:

@@ -170,7 +170,7 @@ class Meter:
                 process = psutil.Process(pid)
                 self._memory.labels(name).set(process.memory_info().rss)
                 self._files.labels(name).set(process.num_fds())
-        for name, folder in folders(self._plane.settings).items():
+        for name, folder in folders(self._plane.settings.data_dir, self._plane.store).items():
             with contextlib.suppress(OSError):
                 free, size = disk_bytes(folder)
                 self._free.labels(name).set(free)

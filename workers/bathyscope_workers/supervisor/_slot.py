@@ -67,8 +67,6 @@ class Slot:
     ) -> None:
         self.kind: SlotKind = kind
         self.attempts: dict[str, Attempt] = {}
-        self.device: dict[str, Any] = {}
-        """The engine's `ready` event."""
         self._plane = plane
         self._bell = bell
         self._placement = Placement(plane, worker)
@@ -190,12 +188,17 @@ class Slot:
         except (EngineGone, LostLease):
             pass
         except Unavailable as error:  # Redis is away for long: the lease lapses and the job is taken anew
-            _log.error("job.unsettled", error=error.detail, **attempt.names)
+            _log.error("job.unsettled", error=error.detail)
         finally:
             if self.attempts.get(attempt.lease.job_id) is attempt:
                 del self.attempts[attempt.lease.job_id]
             await attempt.close()
             self._bell.wake()
+
+    @property
+    def device(self) -> dict[str, Any]:
+        """The engine's `ready` event."""
+        return self._placement.device
 
     @property
     def pid(self) -> int | None:
@@ -255,7 +258,7 @@ class Slot:
         self._meter.hear(event)
         match event["ev"]:
             case "ready":
-                self.device = self._placement.device = event
+                self._placement.device = event
                 self._deaths = 0
                 self._ready.set()
                 self._bell.wake()

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from bathyscope.cli._options import Config, DataDir, needs, settings_of
+from bathyscope.cli._options import Config, DataDir, needs, reachable, settings_of
 from bathyscope.errors import SetupError, Unavailable
 
 if TYPE_CHECKING:
@@ -47,8 +47,7 @@ def health(
 
 def _service(settings: Settings, ready: bool) -> str:
     path = "/readyz" if ready else "/healthz"
-    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(settings.host, settings.host)
-    connection = http.client.HTTPConnection(host, settings.port, timeout=_SECONDS)
+    connection = http.client.HTTPConnection(reachable(settings.host), settings.port, timeout=_SECONDS)
     try:
         connection.request("GET", path)
         answer = connection.getresponse()

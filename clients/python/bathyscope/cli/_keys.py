@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import asyncio
 import getpass
 import re
 import time
-from collections.abc import Awaitable, Callable
 from dataclasses import asdict
 from datetime import UTC, datetime
 from enum import StrEnum
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
-from bathyscope.cli._options import AsJson, Config, DataDir, needs, print_json, print_table, settings_of
+from bathyscope.cli._options import AsJson, Config, DataDir, print_json, print_table, with_plane
 from bathyscope.errors import NotFound, Unavailable
 
 if TYPE_CHECKING:
@@ -99,7 +96,7 @@ def create(
         await _note(plane, "keys create", record)
         return record, secret, plane.vault.webhook_secret(record.id, record.webhook_salt)
 
-    _show_secrets(*_with_plane(config, data_dir, make), as_json)
+    _show_secrets(*with_plane(config, data_dir, make), as_json)
 
 
 @app.command("rotate")
@@ -125,7 +122,7 @@ def rotate(
         await _note(plane, "keys rotate", made[0])
         return *made, plane.vault.webhook_secret(made[0].id, made[0].webhook_salt)
 
-    _show_secrets(*_found(_with_plane(config, data_dir, make), key), as_json)
+    _show_secrets(*_found(with_plane(config, data_dir, make), key), as_json)
 
 
 @app.command("limit")
@@ -161,7 +158,7 @@ def limit(
             await _note(plane, "keys limit", record)
         return record
 
-    view = _view(_found(_with_plane(config, data_dir, change), key))
+    view = _view(_found(with_plane(config, data_dir, change), key))
     if as_json:
         print_json(view)
         return
@@ -175,7 +172,7 @@ def list_keys(config: Config = None, data_dir: DataDir = None, as_json: AsJson =
     async def read(plane: Backplane) -> tuple[list[ApiKey], dict[str, str]]:
         return await plane.keys.list(), await plane.keys.last_days()
 
-    keys, days = _with_plane(config, data_dir, read)
+    keys, days = with_plane(config, data_dir, read)
     records = [{**_view(record), "last_used_on": days.get(record.id)} for record in keys]
     if as_json:
         print_json(records)
@@ -198,7 +195,7 @@ def revoke(key: KeyName, config: Config = None, data_dir: DataDir = None) -> Non
             await _note(plane, "keys revoke", record)
         return record
 
-    record = _found(_with_plane(config, data_dir, remove), key)
+    record = _found(with_plane(config, data_dir, remove), key)
     typer.echo(f"{record.id} ({record.name}) is revoked.", err=True)
 
 
@@ -224,7 +221,7 @@ def webhook_secret(
         await _note(plane, "keys webhook-secret", found[0])
         return plane.vault.webhook_secret(found[0].id, found[0].webhook_salt)
 
-    typer.echo(_found(_with_plane(config, data_dir, find), key or ""))
+    typer.echo(_found(with_plane(config, data_dir, find), key or ""))
 
 
 @app.command("audit")
@@ -254,12 +251,12 @@ def audit(
             page, cursor = await plane.audit.list(
                 key=key_id, since_ms=int((since or 0) * 1000), limit=min(number - len(found), 500), cursor=cursor
             )
-            found += [entry.view() for entry in page]
+            found += [entry.model_dump() for entry in page]
             if cursor is None:
                 break
         return found
 
-    entries = _with_plane(config, data_dir, read)
+    entries = with_plane(config, data_dir, read)
     if as_json:
         print_json(entries)
         return
@@ -323,23 +320,3 @@ async def _note(plane: Backplane, command: str, record: ApiKey) -> None:
         await plane.audit.keep(deed_of_the_command_line(user, command, record.id))
     except Unavailable as error:  # what was done stays done, and its secret must be shown
         typer.echo(f"bathyscope: this is not in the audit log: {error.detail}", err=True)
-
-
-def _with_plane(config: Path | None, data_dir: Path | None, use: Callable[[Backplane], Awaitable[T]]) -> T:
-    """What `use` makes of the backplane. A private Valkey that was not running is stopped again."""
-    settings = settings_of(config, data_dir=data_dir)
-    with needs("service"):
-        from bathyscope_backplane.embedded import EmbeddedServer
-        from bathyscope_backplane.plane import open_backplane
-
-    async def call() -> T:
-        async with open_backplane(settings) as plane:
-            return await use(plane)
-
-    embedded = EmbeddedServer(settings.data_dir) if settings.redis_url is None else None
-    ran_before = embedded is not None and embedded.is_alive()
-    try:
-        return asyncio.run(call())
-    finally:
-        if embedded is not None and not ran_before:
-            embedded.stop()

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
@@ -15,7 +16,10 @@ import bathyscope
 from bathyscope.errors import SetupError
 
 if TYPE_CHECKING:
+    from bathyscope_backplane.plane import Backplane
     from bathyscope_backplane.settings import Settings
+
+T = TypeVar("T")
 
 Config = Annotated[
     Path | None,
@@ -69,6 +73,31 @@ def needs(extra: str) -> Iterator[None]:
         raise SetupError(
             f"This command needs {error.name}, which is not installed: pip install 'bathyscope[{extra}]'."
         ) from error
+
+
+def with_plane(config: Path | None, data_dir: Path | None, use: Callable[[Backplane], Awaitable[T]]) -> T:
+    """What `use` makes of the backplane. A private Valkey that was not running is stopped again."""
+    settings = settings_of(config, data_dir=data_dir)
+    with needs("service"):
+        from bathyscope_backplane.embedded import EmbeddedServer
+        from bathyscope_backplane.plane import open_backplane
+
+    async def call() -> T:
+        async with open_backplane(settings) as plane:
+            return await use(plane)
+
+    embedded = EmbeddedServer(settings.data_dir) if settings.redis_url is None else None
+    ran_before = embedded is not None and embedded.is_alive()
+    try:
+        return asyncio.run(call())
+    finally:
+        if embedded is not None and not ran_before:
+            embedded.stop()
+
+
+def reachable(host: str) -> str:
+    """The address at which this machine's own clients reach a service that listens on `host`."""
+    return {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}.get(host, host)
 
 
 def client_of(url: str | None, api_key: str | None) -> bathyscope.Client:

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 import bathyscope
-from bathyscope.cli._options import needs
+from bathyscope.cli._options import needs, reachable
 from bathyscope.cli._server import LIFELINE
 from bathyscope.errors import BathyscopeError, SetupError
 
@@ -147,7 +147,8 @@ class Stack:
             _Child(name, environment, logs / f"{name}.log" if logs is not None else None)
             for name in ("service", "worker")
         ]
-        self.url = f"http://{_reachable(settings.host)}:{port}"
+        host = reachable(settings.host)
+        self.url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
         """Where the service is reached from this machine."""
 
     def start(self, stopping: Callable[[], bool] = lambda: False) -> None:
@@ -231,12 +232,6 @@ def free_port(host: str) -> int:
         listener.bind((host, 0))
         port: int = listener.getsockname()[1]
         return port
-
-
-def _reachable(host: str) -> str:
-    """The host as this machine's own clients write it."""
-    host = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}.get(host, host)
-    return f"[{host}]" if ":" in host else host
 
 
 def _locked(path: Path) -> IO[str]:

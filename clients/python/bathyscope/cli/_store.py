@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import sys
 import time
 from collections.abc import Awaitable, Callable
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
-from bathyscope.cli._options import AsJson, Config, DataDir, clean, needs, print_json, settings_of, size
+from bathyscope.cli._options import AsJson, Config, DataDir, clean, needs, print_json, size, with_plane
 
 if TYPE_CHECKING:
     from bathyscope_backplane.artifacts import Rebuilt
@@ -140,22 +139,8 @@ def _teller() -> Callable[[Rebuilt], None]:
 
 
 def _with_plane(config: Path | None, data_dir: Path | None, use: Callable[[Backplane], Awaitable[T]]) -> T:
-    """What `use` makes of the backplane. A private Valkey that was not running is stopped again."""
-    settings = settings_of(config, data_dir=data_dir)
+    """As `with_plane`, without the store's own words on what it meets."""
     with needs("service"):
-        from bathyscope_backplane.embedded import EmbeddedServer
         from bathyscope_backplane.logs import configure
-        from bathyscope_backplane.plane import open_backplane
     configure("error")
-
-    async def call() -> T:
-        async with open_backplane(settings) as plane:
-            return await use(plane)
-
-    embedded = EmbeddedServer(settings.data_dir) if settings.redis_url is None else None
-    ran_before = embedded is not None and embedded.is_alive()
-    try:
-        return asyncio.run(call())
-    finally:
-        if embedded is not None and not ran_before:
-            embedded.stop()
+    return with_plane(config, data_dir, use)

@@ -8,19 +8,16 @@ without its weights.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable
-
-import torch
 
 from bathyscope import errors
 from bathyscope_workers.adapters.conversion import deepseek, gpt_oss, mixture, qwen3_5
 from bathyscope_workers.adapters.conversion.converted import Converted, Target, Tensors, digest_of
-from bathyscope_workers.adapters.conversion.fuse import Lazy, Update, fuse
+from bathyscope_workers.adapters.conversion.fuse import Lazy, Update, fuse, unread
 from bathyscope_workers.adapters.conversion.peft_layout import Options, lay_out
 from bathyscope_workers.adapters.conversion.pieces import Piece, Saved, read_pieces
 from bathyscope_workers.adapters.conversion.places import Family, Place
 from bathyscope_workers.adapters.skeleton import Skeleton
-from bathyscope_workers.adapters.source import DTYPES, SourceAdapter
+from bathyscope_workers.adapters.source import SourceAdapter
 
 __all__ = ["Converted", "Place", "Target", "Tensors", "convert"]
 
@@ -52,8 +49,7 @@ def convert(source: SourceAdapter, skeleton: Skeleton) -> Converted:
     updates = fuse(source, skeleton, pieces)
     saved: dict[str, list[tuple[Saved, Lazy]]] = defaultdict(list)
     for item in whole:
-        fact = source.tensors[item.tensor]
-        saved[item.target].append((item, Lazy(fact.shape, DTYPES[fact.dtype], _reader(source, item.tensor))))
+        saved[item.target].append((item, unread(source, item.tensor)))
     options = Options(bool(source.config.use_rslora), bool(source.config.use_dora), source.base_model)
     config, lazy, prefixes = lay_out(skeleton, updates, saved, options)
     read, applied = len(source.tensors), sum(update.sources for update in updates) + len(whole)
@@ -77,10 +73,6 @@ def convert(source: SourceAdapter, skeleton: Skeleton) -> Converted:
         applied=applied,
         digest=digest_of(config, tensors),
     )
-
-
-def _reader(source: SourceAdapter, name: str) -> Callable[[], torch.Tensor]:
-    return lambda: source.read(name)
 
 
 def _refuse_missing(source: SourceAdapter, skeleton: Skeleton, pieces: list[Piece]) -> None:

@@ -81,7 +81,7 @@ def _update(source: SourceAdapter, skeleton: Skeleton, target: str, pieces: list
     if rank > MAX_RANK * len(rows_of):
         raise errors.AdapterTensorsInvalid(f"{target} would have rank {rank}; train with a lower rank", names=names)
     scale = max(piece.scale for piece in pieces)
-    alpha = scale * (math.sqrt(rank) if source.config.use_rslora else rank)
+    alpha = _alpha(source, scale, rank)
     experts, out, inner = target_shape(skeleton, target)
 
     def make_a() -> torch.Tensor:
@@ -112,16 +112,19 @@ def _single(source: SourceAdapter, embedding: bool, target: str, piece: Piece) -
     named = dict(zip(roles, (piece.a, piece.b), strict=True))
     if piece.magnitude:
         named["lora_magnitude_vector"] = piece.magnitude
-    parts = {
-        role: Lazy(source.tensors[name].shape, DTYPES[source.tensors[name].dtype], _reader(source, name))
-        for role, name in named.items()
-    }
-    alpha = piece.scale * (math.sqrt(piece.rank) if source.config.use_rslora else piece.rank)
+    parts = {role: unread(source, name) for role, name in named.items()}
+    alpha = _alpha(source, piece.scale, piece.rank)
     return Update(target, "embedding" if embedding else "linear", piece.rank, alpha, piece.scale, len(named), parts)
 
 
-def _reader(source: SourceAdapter, name: str) -> Callable[[], torch.Tensor]:
-    return lambda: source.read(name)
+def unread(source: SourceAdapter, name: str) -> Lazy:
+    """A tensor of the file as it is."""
+    fact = source.tensors[name]
+    return Lazy(fact.shape, DTYPES[fact.dtype], lambda: source.read(name))
+
+
+def _alpha(source: SourceAdapter, scale: float, rank: int) -> float:
+    return scale * (math.sqrt(rank) if source.config.use_rslora else rank)
 
 
 def _order(piece: Piece) -> tuple[int, int, str]:
