@@ -110,7 +110,7 @@ class NoopEngine:
             return adapters.fetch(job, lambda seconds: self._pass(job, seconds, "download"))
         if job.kind == "prediction" and self._kind == "cpu":
             rows = job.spec["layout"]["offsets"]["shape"][0] - 1
-            return results.prediction(job, job.spec["weights_path"], rows)
+            return results.prediction(job, job.spec["readings"], rows)
         assert isinstance(job.resident, dict)
         facts = self._load(ModelSpec.from_wire(job.resident), answer=False)
         if job.kind == "adapter":
@@ -119,7 +119,7 @@ class NoopEngine:
         made = self._extract(job, facts)
         if job.kind == "prediction":
             return {
-                **results.prediction(job, job.extra["weights_path"], made["inputs"]),
+                **results.prediction(job, job.extra["readings"], made["inputs"]),
                 "provenance": made["provenance"],
             }
         return made
@@ -203,6 +203,7 @@ class NoopEngine:
             "tokens": {"total": total, "computed": total, "kept": total},
             "provenance": provenance,
             "relative_change": [[float(number)] * len(layers) for number in range(len(variants))],
+            "choices": results.choices(job.scratch, _inputs(job), len(variants)) if spec.score_choices else None,
         }
 
 
@@ -248,6 +249,8 @@ def _tokens(number: int, item: Any, spec: ExtractionSpec, facts: dict[str, Any])
         row = np.array(item["token_ids"], np.int64)
         if len(row) and row.max() >= facts["vocab_size"]:
             raise _fault(number, f"token ids are below {facts['vocab_size']}")
+    elif "prompt" in item:
+        row = np.frombuffer(item["prompt"].encode(), np.uint8).astype(np.int64)
     else:
         row = np.frombuffer(orjson.dumps(item["messages"]), np.uint8).astype(np.int64)
     longest = min(filter(None, (facts["max_length"], spec.max_length)))

@@ -19,7 +19,8 @@ def probe(job: RunJob) -> dict[str, Any]:
     """A probe file that `FittedProbe.load` reads, and a report of the API's shape."""
     spec = job.spec
     rows = orjson.loads(Path(spec["rows_path"]).read_bytes())
-    classes = sorted({row[0] for row in rows}, key=str)
+    correct = spec.get("labels") == "correct"
+    classes = [False, True] if correct else sorted({row[0] for row in rows}, key=str)
     if len(classes) < 2:
         raise InvalidRequest(
             "Nothing can be learned.", errors=[FieldError(pointer="/labels", detail="give two classes or more")]
@@ -46,16 +47,48 @@ def probe(job: RunJob) -> dict[str, Any]:
     return {"report_path": str(scratch / "report.json"), "weights_path": str(scratch / "weights.safetensors")}
 
 
-def prediction(job: RunJob, weights_path: str, rows: int) -> dict[str, Any]:
-    """Equal probabilities for every row, under the classes of the probe's file."""
-    data = Path(weights_path).read_bytes()
-    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-    classes = json.loads(header["__metadata__"]["classes"])
+def choices(scratch: str, inputs: list[Any], variants: int) -> dict[str, Any]:
+    """Scores of the right shape: every second question is right, of further variants every one but the first."""
+    lines = [
+        orjson.dumps(_scores_of(number, item, number % 2 == 0 if variant == 0 else number > 0)) + b"\n"
+        for variant in range(variants)
+        for number, item in enumerate(inputs)
+    ]
+    path, index = Path(scratch) / "choices.jsonl", Path(scratch) / "choices.index"
+    path.write_bytes(b"".join(lines))
+    index.write_bytes(np.cumsum([0, *map(len, lines)], dtype="<i8").tobytes())
+    scored = [
+        {"answered": len(inputs), "correct": right, "confidence": 0.5, "shared": 0}
+        for right in [(len(inputs) + 1) // 2, *[len(inputs) - 1] * (variants - 1)]
+    ]
+    return {"choices_path": str(path), "choices_index_path": str(index), "scored": scored}
+
+
+def _scores_of(number: int, item: dict[str, Any], right: bool) -> dict[str, Any]:
+    choices = item.get("choices")
+    many = len(choices) if choices else 1
+    scores = {"logprobs": [-1.0] * many, "logprobs_per_token": [-1.0] * many, "tokens": [1] * many}
+    return {
+        "index": number,
+        **scores,
+        "picked": 0 if choices else None,
+        "correct": right,
+        "confidence": 0.5,
+        **({} if choices else {"answer": "made up", "ended": True}),
+    }
+
+
+def prediction(job: RunJob, readings: list[dict[str, Any]], rows: int) -> dict[str, Any]:
+    """Equal probabilities for every row, under the classes of each probe's file."""
+    found = []
+    for reading in readings:
+        data = Path(reading["weights_path"]).read_bytes()
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+        classes = json.loads(header["__metadata__"]["classes"])
+        found.append({"probabilities": [[1 / len(classes)] * len(classes)] * rows, "labels": [classes[0]] * rows})
     path = Path(job.scratch) / "prediction.json"
-    path.write_bytes(
-        orjson.dumps({"probabilities": [[1 / len(classes)] * len(classes)] * rows, "labels": [classes[0]] * rows})
-    )
-    return {"prediction_path": str(path), "classes": classes}
+    path.write_bytes(orjson.dumps({**found[0], "also": found[1:]}))
+    return {"prediction_path": str(path)}
 
 
 def _scores() -> dict[str, Any]:

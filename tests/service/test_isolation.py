@@ -44,14 +44,15 @@ BODIES: dict[tuple[str, str], dict[str, Any]] = {
 }
 """A body with which each POST would work on one's own things; fields that take ids apart."""
 
-ID_FIELDS = {"extraction", "adapter"}
+ID_FIELDS = {"extraction", "adapter", "also"}
 """Fields of bodies that take the id of something that belongs to a key."""
 
 PLAIN_FIELDS = {
     *("model", "quantization", "layers", "pooling", "template", "truncation", "dtype", "compute_dtype", "match"),
     *("priority", "webhook", "task", "estimator", "calibration", "baselines", "name", "role", "content", "prompt"),
     *("answer", "choices", "labels", "groups", "split", "inputs", "messages", "metadata", "source", "base_model"),
-    *("file", "variant"),  # of one's own extraction, among whose variants it is looked for
+    *("file", "threshold", "stop"),
+    *("variant",),  # of one's own extraction, among whose variants it is looked for
 }
 """Fields that may be texts and are no ids."""
 
@@ -60,6 +61,7 @@ DATA = {"model": "tiny", "inputs": ["berts"] * 8}
 WAYS: dict[tuple[str, str], list[Callable[[dict[str, Any], str], dict[str, Any]]]] = {
     ("/v1/probes", "extraction"): [lambda body, hers: {**body, "extraction": hers}],
     ("/v1/probes/{probe_id}/predict", "extraction"): [lambda body, hers: {"extraction": hers}],
+    ("/v1/probes/{probe_id}/predict", "also"): [lambda body, hers: {**body, "also": [hers]}],
     ("/v1/extractions", "adapter"): [
         lambda body, hers: {**body, "adapter": hers},
         lambda body, hers: {**body, "adapter": ["base", hers]},
@@ -68,7 +70,7 @@ WAYS: dict[tuple[str, str], list[Callable[[dict[str, Any], str], dict[str, Any]]
 }
 """How each of these fields is given an id."""
 
-UNBUILT_FIELDS = {"dataset", "also"}
+UNBUILT_FIELDS = {"dataset"}
 """Fields that will take ids, answered with 501 until then."""
 
 ADMINS_ONLY = {"/v1/jobs/{job_id}/replay", "/v1/models/{name}/load", "/v1/models/{name}/unload", "/v1/audit"}
@@ -101,6 +103,12 @@ def finished(client: httpx2.Client, path: str, body: Any, **headers: str) -> dic
     return job
 
 
+def scoring(texts: list[str]) -> dict[str, Any]:
+    """An extraction of which everything can be read."""
+    asked = [{"prompt": text, "choices": ["a", "b"], "answer": 0} for text in texts]
+    return {"model": "tiny", "inputs": asked, "layers": [1, 2], "score_choices": True}
+
+
 def make_one_of_each(stack: Stack, name: str, marked: bool) -> Anna:
     owner = Anna(make_key(stack, name))
     extra: dict[str, Any] = {"metadata": {"project": "annas-metadata"}} if marked else {}
@@ -109,7 +117,7 @@ def make_one_of_each(stack: Stack, name: str, marked: bool) -> Anna:
         extraction = finished(
             client,
             "/v1/extractions",
-            {"model": "tiny", "inputs": inputs, "layers": [1, 2], **extra},
+            {**scoring(inputs), **extra},
             **({"Idempotency-Key": "annas-idempotency"} if marked else {}),
         )
         ext = extraction["resource"].rpartition("/")[2]
@@ -325,7 +333,7 @@ def test_lists_and_everything_else_show_ones_own(
 
 
 def test_an_idempotency_key_is_a_keys_own_and_a_routes_own(shared: Stack, anna: Anna, stranger: Stranger) -> None:
-    body = {"model": "tiny", "inputs": TEXTS, "layers": [1, 2], "metadata": {"project": "annas-metadata"}}
+    body = {**scoring(TEXTS), "metadata": {"project": "annas-metadata"}}
     with as_user(shared, anna.key) as owner:
         again = owner.post("/v1/extractions", json=body, headers={"Idempotency-Key": "annas-idempotency"})
         assert again.headers["idempotent-replayed"] == "true"

@@ -122,8 +122,6 @@ def test_sizes_are_judged_before_anything_is_queued(live: Stack) -> None:
 @pytest.mark.parametrize(
     "body",
     [
-        {"score_choices": True},
-        {"inputs": [{"prompt": "2+2=", "answer": "4"}]},
         {"inputs": None, "dataset": {"name": "mmlu"}},
     ],
 )
@@ -137,7 +135,6 @@ def test_what_is_not_offered_yet_says_so(live: Stack, body: dict[str, Any]) -> N
         ("GET", "/v1/datasets"),
         ("POST", "/v1/comparisons"),
         ("POST", "/v1/experiments"),
-        ("GET", "/v1/extractions/ext_1/choices"),
     ],
 )
 def test_routes_that_are_not_offered_yet_say_so(live: Stack, method: str, path: str) -> None:

@@ -161,15 +161,6 @@ def test_labels_that_cannot_be_learned_fail_the_job(
     assert job["error"]["errors"][0]["pointer"] == pointer
 
 
-@pytest.mark.parametrize(
-    "body",
-    [{"estimator": "lda"}, {"calibration": "platt"}, {"labels": "correct"}, {"baselines": ["bag_of_words"]}],
-)
-def test_what_is_not_offered_yet_says_so(live: Stack, states: dict[str, Any], body: dict[str, Any]) -> None:
-    answer = live.post("/v1/probes", {"extraction": states["id"], "labels": LABELS, **body})
-    problem(answer, 501, "not-built")
-
-
 def test_deleting(live: Stack, states: dict[str, Any]) -> None:
     made = train(live, extraction=states["id"], labels=LABELS, C=[1.0], bootstrap=0, layers=[1])
     assert live.client.delete(f"/v1/probes/{made['id']}").status_code == 204
@@ -240,16 +231,10 @@ def test_faults_of_the_data_point_into_it(
     assert [error["pointer"] for error in problem(answer, status, slug)["errors"]] == [pointer]
 
 
-@pytest.mark.parametrize("labels", [[0.5, 1.0], [0.25, 0.75]])
-@pytest.mark.parametrize("task", ["auto", "binary"])
-def test_regression_is_refused_at_once(live: Stack, states: dict[str, Any], labels: list[float], task: str) -> None:
-    answer = live.post("/v1/probes", {"extraction": states["id"], "labels": labels * 40, "task": task})
-    problem(answer, 501, "not-built")
-
-
-def test_questions_are_not_predicted_on(live: Stack, probe: dict[str, Any]) -> None:
-    body = {"inputs": [{"prompt": "How deep?", "answer": "Very."}]}
-    problem(live.post(f"/v1/probes/{probe['id']}/predict", body), 501, "not-built")
+def test_of_a_question_the_prompt_is_predicted_on(live: Stack, probe: dict[str, Any]) -> None:
+    asked = [{"prompt": INPUTS[0], "answer": "Very."}, {"prompt": INPUTS[1], "choices": [" a", " b"], "answer": 1}]
+    found, plain = (predict(live, probe, inputs=inputs)["probabilities"] for inputs in (asked, INPUTS[:2]))
+    assert np.allclose(found, plain, atol=1e-6)
 
 
 def test_a_refused_probe_leaves_no_idempotency_key(tmp_path: Path, models: str) -> None:

@@ -8,26 +8,36 @@ probe = client.probes.create(extraction=states.id, labels=labels, groups=groups)
 probe.report.held_out.ece.value
 ```
 
-`bathyscope.types` holds the wire schema, `bathyscope.errors` every error, `bathyscope.webhooks` what receivers need.
+`bathyscope.types` holds the wire schema, `bathyscope.errors` every error, `bathyscope.webhooks` what receivers need,
+`bathyscope.datasets` questions to ask.
 """
 
-from bathyscope import errors, types, webhooks
-from bathyscope._async_client import AsyncClient
-from bathyscope._client import Client
-from bathyscope._connection import package_version
-from bathyscope._jobs import AsyncJobHandle, JobHandle
-from bathyscope._objects import (
-    Adapter,
-    AsyncAdapter,
-    AsyncExtraction,
-    AsyncPrediction,
-    AsyncProbe,
-    Extraction,
-    Prediction,
-    Probe,
-    Resource,
-)
+from bathyscope import errors
+from bathyscope._version import package_version
 from bathyscope.errors import BathyscopeError, ConnectionFailed, JobCancelled, ProblemError, WaitTimeout
+
+try:
+    from bathyscope import datasets, types, webhooks
+    from bathyscope._async_client import AsyncClient
+    from bathyscope._choices import Choices
+    from bathyscope._client import Client
+    from bathyscope._jobs import AsyncJobHandle, JobHandle
+    from bathyscope._objects import (
+        Adapter,
+        AsyncAdapter,
+        AsyncExtraction,
+        AsyncPrediction,
+        AsyncProbe,
+        Extraction,
+        Prediction,
+        Probe,
+        Resource,
+    )
+except ModuleNotFoundError as _missing:
+    if _missing.name not in ("httpx2", "pydantic"):
+        raise
+    # With numpy alone a probe's file can be read and used all the same: `bathyscope.Probe.load(path)`.
+    from bathyscope._probe_file import FittedProbe as Probe  # type: ignore[assignment]
 
 __version__ = package_version()
 
@@ -40,6 +50,7 @@ __all__ = [
     "AsyncPrediction",
     "AsyncProbe",
     "BathyscopeError",
+    "Choices",
     "Client",
     "ConnectionFailed",
     "Extraction",
@@ -51,6 +62,7 @@ __all__ = [
     "Resource",
     "WaitTimeout",
     "__version__",
+    "datasets",
     "errors",
     "types",
     "webhooks",

@@ -8,7 +8,6 @@ import platform
 import time
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -30,6 +29,7 @@ from bathyscope._http import (
     Sleep,
     Work,
 )
+from bathyscope._version import package_version
 from bathyscope.errors import ConnectionFailed, SetupError, UnexpectedAnswer
 
 T = TypeVar("T")
@@ -38,14 +38,6 @@ DEFAULT_URL = "http://127.0.0.1:8000"
 _LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
 # These say that a request was never a sound one; to repeat it is no use.
 _HOPELESS = (httpx2.UnsupportedProtocol, httpx2.LocalProtocolError)
-
-
-def package_version() -> str:
-    """The installed version of this package."""
-    try:
-        return version("bathyscope")
-    except PackageNotFoundError:
-        return "0+unknown"
 
 
 @dataclass(frozen=True, slots=True)

@@ -72,6 +72,7 @@ class ExtractionFields(WorkFields, total=False):
     batch_invariant: bool
     score_choices: bool
     max_new_tokens: int
+    stop: Sequence[str]
     match: Literal["exact", "normalised"]
     metadata: Mapping[str, Any] | None
 
@@ -94,15 +95,18 @@ class ProbeFields(WorkFields, total=False):
     task: Literal["auto", "binary", "multiclass", "regression"]
     variant: str | None
     groups: Iterable[Any] | None
-    split: Iterable[str] | None
+    split: Literal["random", "stratified", "grouped"] | Iterable[str | int] | None
+    near_duplicates: float | None
     layers: LayersLike
     estimator: Literal["logistic", "ridge", "mass_mean", "lda", "mlp", "attention", "max_mean"]
     C: Iterable[float] | None
     standardize: bool
+    covariance: Literal["none", "shrunk"]
     folds: int
     calibration: Literal["none", "platt", "isotonic", "temperature"]
     bootstrap: int
     baselines: Iterable[str]
+    selectivity: bool
     target_fpr: float
     seed: int
     metadata: Mapping[str, Any] | None
@@ -114,7 +118,8 @@ class PredictFields(WorkFields, total=False):
     variant: str | None
     per_token: bool
     transfer: bool
-    also: Sequence[Reference]
+    also: Iterable[Reference]
+    threshold: Literal["default", "target_fpr"] | float | None
 
 
 def plain(value: Any) -> Any:
@@ -175,6 +180,8 @@ def predict_body(
         given["inputs"] = [inputs] if isinstance(inputs, str) else inputs
     if extraction is not None:
         given["extraction"] = identify(extraction)
+    if (also := given.get("also")) is not None:
+        given["also"] = [also] if isinstance(also, str) else [identify(one) for one in also]
     return request(types.PredictRequest, given)
 
 

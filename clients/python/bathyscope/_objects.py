@@ -13,16 +13,19 @@ from typing import TYPE_CHECKING, Any, TypeVar, Unpack
 from pydantic import BaseModel, PrivateAttr
 
 from bathyscope import _operations, types
+from bathyscope._choices import Choices, fetch_choices
 from bathyscope._connection import AsyncConnection, Connection
 from bathyscope._export import export
-from bathyscope._fields import InputLike, PredictFields, Reference, predict_body
+from bathyscope._fields import InputLike, PredictFields, Reference, identify, predict_body
 from bathyscope._http import Operation, Retry, path
 from bathyscope._progress import Report, progress_bar
-from bathyscope._results import Tensors, array_of, fetch_tensors, per_input, save, selection
+from bathyscope._results import Tensors, array_of, chosen_rows, fetch_tensors, per_input, save, selection
 from bathyscope.errors import InvalidRequest
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+
+    from bathyscope._probe_file import FittedProbe
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -95,6 +98,11 @@ class _Extraction(types.Extraction, Bound):
         offsets = (yield from self._array(connection, "offsets")) if self.pooling == "none" else None
         return per_input(states, offsets)
 
+    def _choices(self, retry: Retry, rows: Rows | None, variant: Reference | None) -> Operation[Choices]:
+        first, last = chosen_rows(rows, self.inputs)
+        query = {} if variant is None else {"variant": str(identify(variant))}
+        return (yield from fetch_choices(f"{self._path}/choices", retry, query=query, first=first, last=last))
+
     def _save(
         self,
         connection: Connection | AsyncConnection,
@@ -148,6 +156,11 @@ class Extraction(_Extraction):
         """Where each input begins in `token_ids` (with pooling none in the states too), int64, `[inputs + 1]`."""
         return self._connection.run(self._array(self._connection, "offsets"))
 
+    def choices(self, rows: Rows | None = None, variant: Reference | None = None) -> Choices:
+        """What the model made of each question, of an extraction with `score_choices`; `.correct`, `.confidence` and
+        others are arrays. `variant` names one of a paired extraction, `rows` a run of inputs."""
+        return self._connection.run(self._choices(self._connection.retry, rows, variant))
+
     def by_input(self) -> Iterator[NDArray[Any]]:
         """Views of the states, one an input; with pooling none each `(tokens of the input, layers, hidden)`."""
         return self._connection.run(self._by_input(self._connection))
@@ -191,6 +204,10 @@ class AsyncExtraction(_Extraction):
     async def offsets(self) -> NDArray[Any]:
         """As `Extraction.offsets`."""
         return await self._connection.run(self._array(self._connection, "offsets"))
+
+    async def choices(self, rows: Rows | None = None, variant: Reference | None = None) -> Choices:
+        """As `Extraction.choices`."""
+        return await self._connection.run(self._choices(self._connection.retry, rows, variant))
 
     async def by_input(self) -> Iterator[NDArray[Any]]:
         """As `Extraction.by_input`: `for states in await extraction.by_input()`."""
@@ -253,9 +270,11 @@ class _Prediction(types.Prediction, Bound):
         return path("v1", "predictions", self.id)
 
     def array(self) -> NDArray[Any]:
-        """`probabilities` as an array, float64, `(inputs, classes)`."""
+        """`probabilities` as an array, float64, `(inputs, classes)`; of a regression `values`, `(inputs,)`."""
         import numpy as np
 
+        if self.task == "regression":
+            return np.asarray(self.values, dtype=np.float64)
         return np.asarray(self.probabilities, dtype=np.float64).reshape(len(self.probabilities), -1)
 
 
@@ -280,9 +299,24 @@ class AsyncPrediction(_Prediction):
 
 
 class _Probe(types.Probe, Bound):
+    @staticmethod
+    def load(path: str | os.PathLike[str]) -> FittedProbe:
+        """The probe in a safetensors file, for predictions here, without a service: `.predict(states)` needs numpy
+        alone and gives the bits that the service gives. Raises `errors.ProbeFormatError`."""
+        from bathyscope._probe_file import FittedProbe
+
+        return FittedProbe.load(Path(path))
+
     @property
     def _path(self) -> str:
         return path("v1", "probes", self.id)
+
+    def _save(
+        self, retry: Retry, destination: str | os.PathLike[str], format: types.WeightsFormat | None
+    ) -> Operation[Path]:
+        suffix = Path(destination).suffix.lower()
+        kind = format or {".onnx": "onnx", ".md": "card"}.get(suffix, "safetensors")
+        return (yield from save(f"{self._path}/weights", retry, destination, query={"format": kind}))
 
     def _predict(
         self,
@@ -334,9 +368,10 @@ class Probe(_Probe):
         """The probe's arrays by name, with its scaling."""
         return self._connection.run(self._weights(self._connection))
 
-    def save_weights(self, path: str | os.PathLike[str]) -> Path:
-        """Write the probe as a safetensors file."""
-        return self._connection.run(save(f"{self._path}/weights", self._connection.retry, path, query={}))
+    def save_weights(self, path: str | os.PathLike[str], format: types.WeightsFormat | None = None) -> Path:
+        """Write the probe as a safetensors file (`Probe.load` reads it), as an ONNX model, or its model card as
+        Markdown; without a `format` the suffix says which, `.onnx`, `.md`, or any other for safetensors."""
+        return self._connection.run(self._save(self._connection.retry, path, format))
 
     def delete(self) -> None:
         """Delete the probe from the service."""
@@ -369,9 +404,9 @@ class AsyncProbe(_Probe):
         """As `Probe.weights`."""
         return await self._connection.run(self._weights(self._connection))
 
-    async def save_weights(self, path: str | os.PathLike[str]) -> Path:
-        """Write the probe as a safetensors file."""
-        return await self._connection.run(save(f"{self._path}/weights", self._connection.retry, path, query={}))
+    async def save_weights(self, path: str | os.PathLike[str], format: types.WeightsFormat | None = None) -> Path:
+        """As `Probe.save_weights`."""
+        return await self._connection.run(self._save(self._connection.retry, path, format))
 
     async def delete(self) -> None:
         """Delete the probe from the service."""

@@ -337,14 +337,27 @@ def selection(layers: str | Iterable[Any] | None, rows: range | slice | int | st
         return chosen
     if isinstance(rows, str):
         return {**chosen, "rows": rows}
-    if isinstance(rows, slice):
+    first, last = chosen_rows(rows, count)
+    return {**chosen, "rows": f"{first}-{last - 1}"}
+
+
+def chosen_rows(rows: range | slice | int | str | None, count: int) -> tuple[int, int]:
+    """Inputs `[first, last)` of a run of `count` inputs; all of them by default."""
+    if rows is None:
+        return 0, count
+    if isinstance(rows, str):
+        first, _, last = rows.partition("-")
+        if not (first.isdecimal() and (last or first).isdecimal()):
+            raise InvalidRequest(f"rows is given as first-last, both inclusive, such as 0-99, not {rows!r}")
+        rows = range(int(first), int(last or first) + 1)
+    elif isinstance(rows, slice):
         rows = range(*rows.indices(count))
     elif not isinstance(rows, range):
         index = int(rows)
         rows = range(index % count, index % count + 1) if -count <= index < count else range(0)
     if len(rows) == 0 or rows.step != 1:
         raise InvalidRequest("rows is a run of inputs that follow each other, as slice(0, 100); none are chosen here")
-    return {**chosen, "rows": f"{rows[0]}-{rows[-1]}"}
+    return rows[0], rows[-1] + 1
 
 
 def per_input(states: NDArray[Any], offsets: NDArray[Any] | None) -> Iterator[NDArray[Any]]:

@@ -5,6 +5,7 @@
     ├── WaitTimeout                 `.wait(timeout=…)` ran out; the job goes on
     ├── UnexpectedAnswer            an answer that is not of this API
     ├── SignatureInvalid            a webhook that the service did not send, or not now
+    ├── ProbeFormatError            a file that is not a probe's, or not one that this version can read
     ├── SetupError                  a start-up fault of a process: settings, a missing extra, a port
     └── ProblemError                an RFC 9457 problem, raised by the service and raised again by the SDK
         ├── InvalidRequest           422  invalid-request
@@ -109,6 +110,10 @@ class UnexpectedAnswer(BathyscopeError):
 
 class SignatureInvalid(BathyscopeError):
     """A webhook's signature is missing, too old, or not the service's: what came with it is not to be trusted."""
+
+
+class ProbeFormatError(BathyscopeError, ValueError):
+    """The bytes are not those of a probe that this version can read."""
 
 
 class SetupError(BathyscopeError):

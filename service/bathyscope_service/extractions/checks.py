@@ -46,14 +46,8 @@ def lane_of(entry: ModelEntry, options: ExtractionOptions) -> str:
 
 def refuse_unbuilt(body: ExtractionRequest) -> None:
     """Raise `NotBuilt` for the parts of the contract that this version does not offer."""
-    later = {
-        "dataset": body.dataset is not None,
-        "score_choices": body.score_choices,
-    }
-    for name, asked in later.items():
-        if asked:
-            raise NotBuilt(f"{name[0].upper()}{name[1:]} is part of the contract and not offered by this version.")
-    refuse_prompts(body.inputs or [])
+    if body.dataset is not None:
+        raise NotBuilt("Dataset is part of the contract and not offered by this version.")
 
 
 def wire_rows(inputs: list[Input]) -> list[Any]:
@@ -69,13 +63,17 @@ def check(entry: ModelEntry, options: ExtractionOptions, inputs: list[Input], li
     Raises `InvalidRequest` and `InvalidInput` (422) with pointers, `TooLarge` (413) with estimate and limit.
     """
     refuse_rows(len(inputs), limits.max_rows)
+    asks = options if isinstance(options, ExtractionRequest) and options.score_choices else None
+    if asks is not None:
+        _check_questions(inputs)
     _check_inputs(inputs, entry, options)
     tokens = _tokens(entry, options, inputs)
-    if tokens > limits.max_tokens:
+    read = tokens + (_question_tokens(entry, asks, inputs) if asks is not None else 0)
+    if read > limits.max_tokens:
         raise TooLarge(
-            f"The inputs are estimated at {tokens:,} tokens and the limit is {limits.max_tokens:,}: split them over "
+            f"The inputs are estimated at {read:,} tokens and the limit is {limits.max_tokens:,}: split them over "
             "several requests, or set max_length with a truncation.",
-            estimate=tokens,
+            estimate=read,
             limit=limits.max_tokens,
         )
     if entry.facts is None:
@@ -103,10 +101,16 @@ def refuse_rows(rows: int, limit: int) -> None:
         )
 
 
-def refuse_prompts(inputs: list[Input]) -> None:
-    """Raise `NotBuilt` for inputs that ask a question."""
-    if any(isinstance(item, PromptInput) for item in inputs):
-        raise NotBuilt("Inputs with a prompt are part of the contract and not offered by this version.")
+def _check_questions(inputs: list[Input]) -> None:
+    """Raise `InvalidInput` where there is nothing to score."""
+    detail = 'score_choices needs {"prompt": …, "choices": […], "answer": 0} or {"prompt": …, "answer": "…"}'
+    found = [
+        FieldError(pointer=f"/inputs/{number}", detail=detail)
+        for number, item in enumerate(inputs)
+        if not isinstance(item, PromptInput)
+    ]
+    if found:
+        raise InvalidInput("An input asks no question.", errors=found[:50])
 
 
 def _longest(entry: ModelEntry, options: ExtractionOptions) -> int | None:
@@ -174,13 +178,30 @@ def _tokens(entry: ModelEntry, options: ExtractionOptions, inputs: list[Input]) 
     bound = _longest(entry, options)
     total = 0
     for item in inputs:
-        tokens = _token_bound(item)
+        tokens = token_bound(item)
         total += tokens if bound is None else min(tokens, bound)
     return total
 
 
-def _token_bound(item: Any) -> int:
+def _question_tokens(entry: ModelEntry, options: ExtractionRequest, inputs: list[Input]) -> int:
+    """An upper bound of the tokens that are read beyond the prompts: each choice behind its prompt, or the answer."""
+    bound = _longest(entry, options)
+    total = 0
+    for item in inputs:
+        if not isinstance(item, PromptInput):
+            continue
+        prompt = token_bound(item)
+        for choice in item.choices or ():
+            tokens = prompt + len(choice.encode())
+            total += tokens if bound is None else min(tokens, bound)
+        total += 0 if item.choices else options.max_new_tokens
+    return total
+
+
+def token_bound(item: Any) -> int:
     """At least as many tokens as the input can have: a token is at least one byte of UTF-8."""
+    if isinstance(item, PromptInput):
+        item = item.prompt
     if isinstance(item, TokenIdsInput):
         return len(item.token_ids)
     if isinstance(item, MessagesInput):

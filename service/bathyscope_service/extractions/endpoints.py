@@ -9,6 +9,7 @@ from fastapi.responses import StreamingResponse
 from starlette.responses import Response
 
 from bathyscope import errors
+from bathyscope.types import Choices as ChoicesBody
 from bathyscope.types import Extraction, ExtractionRequest, Format, Job, Page
 from bathyscope_backplane.artifacts._store import CHUNK_BYTES
 from bathyscope_backplane.ids import new_id
@@ -17,6 +18,7 @@ from bathyscope_service.adapters.variants import resolve
 from bathyscope_service.bodies import describes, json_body
 from bathyscope_service.context import Caller, Context, Ctx, Held
 from bathyscope_service.extractions.checks import check, lane_of, model_entry, refuse_unbuilt, wire_rows
+from bathyscope_service.extractions.choices import Choices
 from bathyscope_service.extractions.representations import MEDIA_TYPES, STATES_SCHEMA, States
 from bathyscope_service.jobs.submission import Work, answer, submit, webhook_of
 from bathyscope_service.problems import responses
@@ -199,8 +201,7 @@ async def get_hidden_states(
     selection = states.select(layers, rows)
     etag = states.etag(chosen, selection)
     headers = {**result_headers(resource), "ETag": etag, "Cache-Control": "private, max-age=3600", "Vary": "Accept"}
-    known = [tag.strip().removeprefix("W/") for tag in request.headers.get("if-none-match", "").split(",")]
-    if etag in known or known == ["*"]:
+    if _known(request, etag):
         return Response(status_code=304, headers=headers)
     media_type = MEDIA_TYPES[chosen]
     headers["Content-Disposition"] = f'attachment; filename="{extraction_id}.{chosen}"'
@@ -225,6 +226,46 @@ async def get_hidden_states(
     memory.hold(min(end - start, 2 * CHUNK_BYTES))
     with may_be_deleted(resource):
         return StreamingResponse(await begun(pieces.stream(start, end)), status, headers, media_type)
+
+
+@router.get(
+    "/{extraction_id}/choices",
+    summary="Read the scores of choices",
+    response_model=ChoicesBody,
+    responses={
+        200: {"description": "The scores, streamed.", "headers": {"ETag": _ETAG}},
+        304: {"description": "`If-None-Match` names the present representation.", "headers": {"ETag": _ETAG}},
+        **responses(errors.NotFound, errors.Expired, errors.InvalidRequest, errors.QuotaExceeded),
+    },
+)
+async def get_choices(
+    extraction_id: str,
+    request: Request,
+    context: Ctx,
+    caller: Caller,
+    memory: Held,
+    variant: Annotated[
+        str | None, Query(max_length=64, description="Of a paired extraction: an adapter's id, or `base`.")
+    ] = None,
+    rows: Annotated[str | None, Query(max_length=40, description="Inputs, inclusive, as `0-99`.")] = None,
+) -> Response:
+    """What the model made of each question of an extraction with `score_choices`, in the order of the inputs."""
+    resource = await resource_of(context, caller, "extraction", extraction_id)
+    choices = Choices(context.plane.store, resource, variant, rows)
+    headers = {**result_headers(resource), "ETag": choices.etag, "Cache-Control": "private, max-age=3600"}
+    if _known(request, choices.etag):
+        return Response(status_code=304, headers=headers)
+    with may_be_deleted(resource):
+        length, stream = await choices.open()
+        headers["Content-Length"] = str(length)
+        memory.hold(min(length, 2 * CHUNK_BYTES))
+        return StreamingResponse(await begun(stream), headers=headers, media_type="application/json")
+
+
+def _known(request: Request, etag: str) -> bool:
+    """Whether the client has this representation already."""
+    known = [tag.strip().removeprefix("W/") for tag in request.headers.get("if-none-match", "").split(",")]
+    return etag in known or known == ["*"]
 
 
 def _accepted(accept: str) -> Format:

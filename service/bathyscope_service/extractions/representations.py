@@ -142,7 +142,7 @@ class States:
         chosen = None if layers is None else [self._position(text.strip()) for text in layers.split(",")]
         if chosen is not None and len(set(chosen)) != len(chosen):
             raise _invalid("/layers", "a layer is named twice")
-        first, last = (0, self._inputs) if rows is None else self._row_range(rows)
+        first, last = (0, self._inputs) if rows is None else row_range(rows, self._inputs)
         return Selection(chosen, (first, last), whole=layers is None and rows is None)
 
     def _position(self, text: str) -> int:
@@ -155,17 +155,6 @@ class States:
             known = ", ".join(map(str, self._layers[:40]))
             raise _invalid("/layers", f"this extraction holds the layers {known}, not {text[:20]!r}")
         return self._layers.index(layer)
-
-    def _row_range(self, text: str) -> tuple[int, int]:
-        first, _, last = text.partition("-")
-        if not (first.isascii() and first.isdigit() and len(first) < 12) or (
-            last and not (last.isascii() and last.isdigit() and len(last) < 12)
-        ):
-            raise _invalid("/rows", "give rows as first-last, counted from 0, both inclusive, such as 0-99")
-        start, stop = int(first), int(last or first)
-        if stop < start or stop >= self._inputs:
-            raise _invalid("/rows", f"this extraction holds the inputs 0-{self._inputs - 1}, not {text[:30]!r}")
-        return start, stop + 1
 
     def etag(self, format: str, selection: Selection) -> str:
         """A strong validator of one representation."""
@@ -434,6 +423,19 @@ class Pieces:
             data = await self._store.read(self._key, start, min(start + step, cut.end))
             rows = np.frombuffer(data, np.uint8).reshape(-1, cut.parts, cut.row_bytes // cut.parts)
             yield memoryview(np.ascontiguousarray(rows[:, list(cut.chosen)]).reshape(-1).data)
+
+
+def row_range(text: str, inputs: int) -> tuple[int, int]:
+    """Inputs `[first, last)` of the query parameter `rows=0-99`, inclusive. Raises `InvalidRequest`."""
+    first, _, last = text.partition("-")
+    if not (first.isascii() and first.isdigit() and len(first) < 12) or (
+        last and not (last.isascii() and last.isdigit() and len(last) < 12)
+    ):
+        raise _invalid("/rows", "give rows as first-last, counted from 0, both inclusive, such as 0-99")
+    start, stop = int(first), int(last or first)
+    if stop < start or stop >= inputs:
+        raise _invalid("/rows", f"this extraction holds the inputs 0-{inputs - 1}, not {text[:30]!r}")
+    return start, stop + 1
 
 
 def _invalid(where: str, detail: str) -> InvalidRequest:

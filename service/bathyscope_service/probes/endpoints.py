@@ -10,12 +10,16 @@ from fastapi.responses import StreamingResponse
 from starlette.responses import Response
 
 from bathyscope import errors
-from bathyscope.types import Job, Page, Prediction, PredictRequest, Probe, ProbeRequest
+from bathyscope._probe_file import FittedProbe
+from bathyscope.types import Job, Page, Prediction, PredictRequest, Probe, ProbeRequest, WeightsFormat
 from bathyscope_backplane.artifacts._store import CHUNK_BYTES
+from bathyscope_service.auditing import concerns
 from bathyscope_service.bodies import describes, json_body
 from bathyscope_service.context import Caller, Ctx, Held
 from bathyscope_service.jobs.submission import answer, submit
-from bathyscope_service.probes.work import drop_parent, prediction_work, probe_work
+from bathyscope_service.probes import card, onnx_file
+from bathyscope_service.probes.predicting import prediction_work
+from bathyscope_service.probes.work import drop_parent, probe_work
 from bathyscope_service.problems import responses
 from bathyscope_service.resources import (
     begun,
@@ -49,6 +53,10 @@ _SUBMIT_RESPONSES: dict[int | str, dict[str, Any]] = {
     200: {"model": Job, "description": "The finished job, with `Prefer: wait=N`."},
     **responses(*_SUBMIT_PROBLEMS),
 }
+_SAFETENSORS = "application/vnd.safetensors"
+_ONNX_TIMES = 6
+"""Bytes of memory for a byte of a probe's file while it is made into an ONNX model."""
+
 _PARSED_TIMES = 6
 """Bytes of memory for a byte of a prediction's numbers, parsed and written again."""
 
@@ -123,26 +131,44 @@ async def delete_probe(probe_id: str, context: Ctx, caller: Caller) -> Response:
     response_class=StreamingResponse,
     responses={
         200: {
-            "description": "A safetensors file.",
-            "content": {"application/vnd.safetensors": {"schema": {"type": "string", "format": "binary"}}},
+            "description": "A safetensors file, an ONNX model or the model card.",
+            "content": {
+                _SAFETENSORS: {"schema": {"type": "string", "format": "binary"}},
+                onnx_file.MEDIA_TYPE: {"schema": {"type": "string", "format": "binary"}},
+                "text/markdown": {"schema": {"type": "string"}},
+            },
         },
         **_READ_RESPONSES,
     },
 )
-async def get_weights(probe_id: str, context: Ctx, caller: Caller, memory: Held) -> Response:
-    """The probe as safetensors: weights, intercept, scaling, and its identity in the metadata."""
+async def get_weights(
+    probe_id: str,
+    context: Ctx,
+    caller: Caller,
+    memory: Held,
+    format: Annotated[WeightsFormat, Query(description="`card` is Markdown.")] = "safetensors",
+) -> Response:
+    """The probe as a file: safetensors, with all it takes to predict and its identity in the metadata; ONNX (probes on
+    pooled states), from raw states to calibrated probabilities; or its model card."""
     resource = await resource_of(context, caller, "probe", probe_id)
     blob = resource.blobs["weights"]
-    headers = {
-        **result_headers(resource),
-        "ETag": f'"{blob.sha256[:40]}"',
-        "Content-Length": str(blob.bytes),
-        "Content-Disposition": f'attachment; filename="{probe_id}.safetensors"',
-    }
+    headers = result_headers(resource)
+    if format == "card":
+        return Response(card.card(resource), headers=headers, media_type=card.MEDIA_TYPE)
+    headers["Content-Disposition"] = f'attachment; filename="{probe_id}.{format}"'
+    if format == "onnx":
+        memory.hold(_ONNX_TIMES * blob.bytes)
+        with may_be_deleted(resource):
+            data = await context.plane.store.get(blob.key)
+        if data is None:
+            raise errors.NotFound(f"The probe {probe_id} was deleted.")
+        content = await context.apart(blob.bytes, lambda: onnx_file.to_onnx(FittedProbe.from_bytes(data)))
+        return Response(content, headers=headers, media_type=onnx_file.MEDIA_TYPE)
+    headers |= {"ETag": f'"{blob.sha256[:40]}"', "Content-Length": str(blob.bytes)}
     memory.hold(min(blob.bytes, 2 * CHUNK_BYTES))
     with may_be_deleted(resource):
         stream = await begun(context.plane.store.stream(blob.key, 0, blob.bytes))
-    return StreamingResponse(stream, headers=headers, media_type="application/vnd.safetensors")
+    return StreamingResponse(stream, headers=headers, media_type=_SAFETENSORS)
 
 
 @router.post(
@@ -160,8 +186,10 @@ async def predict(
     caller: Caller,
     body: Annotated[PredictRequest, Depends(json_body(PredictRequest))],
 ) -> Response:
-    """Probabilities for new inputs, extracted under the probe's own identity, or for an existing extraction."""
+    """What the probe, and further ones in the same pass, say of new inputs, extracted under the probe's own identity,
+    or of an existing extraction."""
     probe = await resource_of(context, caller, "probe", probe_id)
+    concerns(request, *body.also)
     work = await prediction_work(context, caller, probe, body, request.state.body_bytes)
     job_id, replayed = await submit(context, request, caller, work)
     return await answer(context, request, caller, work, job_id, replayed)
@@ -190,7 +218,7 @@ async def list_predictions(
     responses=_READ_RESPONSES,
 )
 async def get_prediction(prediction_id: str, context: Ctx, caller: Caller, memory: Held) -> Response:
-    """Probabilities, one row an input and one column a class."""
+    """What the probes say, one entry an input."""
     resource = await resource_of(context, caller, "prediction", prediction_id)
     blob = resource.blobs["prediction"]
     memory.hold(_PARSED_TIMES * blob.bytes)
@@ -202,7 +230,9 @@ async def get_prediction(prediction_id: str, context: Ctx, caller: Caller, memor
 
 
 def _with_numbers(body: dict[str, Any], numbers: bytes) -> bytes:
-    return orjson.dumps({**body, **orjson.loads(numbers)})
+    found = orjson.loads(numbers)
+    further = zip(body.get("also", []), found.pop("also", []), strict=True)
+    return orjson.dumps({**body, **found, "also": [{**one, **more} for one, more in further]})
 
 
 @router.delete(

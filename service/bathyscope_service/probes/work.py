@@ -10,27 +10,26 @@ from fastapi import Request
 
 from bathyscope.errors import (
     FieldError,
-    IdentityMismatch,
     InvalidRequest,
     ModelUnknown,
-    NotBuilt,
     StateConflict,
     Unavailable,
 )
-from bathyscope.types import ExtractionOptions, Identity, PredictRequest, ProbeRequest
-from bathyscope_backplane.artifacts import Resource
+from bathyscope.types import ProbeRequest
 from bathyscope_backplane.ids import new_id
 from bathyscope_backplane.keys import ApiKey
-from bathyscope_service.adapters.variants import chosen, of_digest, place_of, wire
+from bathyscope_backplane.one_answer import refuse_one_answer
+from bathyscope_service.adapters.variants import chosen, place_of
 from bathyscope_service.context import Context
-from bathyscope_service.extractions.checks import check, lane_of, model_entry, refuse_prompts, resolve_layers, wire_rows
+from bathyscope_service.extractions.checks import resolve_layers
 from bathyscope_service.extractions.endpoints import extraction_work
 from bathyscope_service.jobs.submission import Work, submit, webhook_of
 from bathyscope_service.jobs.views import job_of
 from bathyscope_service.problems import pointing
 from bathyscope_service.resources import resource_of
 
-_BUILT_BASELINES = {"length", "shuffled_labels"}
+_TOKEN_ESTIMATORS = ("attention", "max_mean")
+"""Those that read the states of every token; the others read one vector an input."""
 
 
 async def probe_work(context: Context, request: Request, caller: ApiKey, body: ProbeRequest) -> tuple[Work, str | None]:
@@ -38,18 +37,17 @@ async def probe_work(context: Context, request: Request, caller: ApiKey, body: P
 
     `extraction` may be an `ext_…` that exists, or the `job_…` of one in the making.
     """
-    _refuse_unbuilt(body)
+    _check_settings(body)
     webhook = webhook_of(context, body)
-    labels = body.labels if isinstance(body.labels, list) else []
     parents: tuple[str, ...] = ()
     made_here: str | None = None
     charged = 0
     rows: int | None
     if body.data is not None:
+        _check_scored(body, body.data.score_choices, "set score_choices in data")
         with pointing("/data"):
             data = await extraction_work(context, caller, body.data, request.state.body_bytes)
-        if body.data.pooling == "none":
-            raise _needs_pooling("/data/pooling")
+        _check_pooling(body, body.data.pooling, "/data/pooling")
         rows = len(data.rows or [])
         _check_lengths(body, rows)
         variant = _asked(body.data.adapter, body.variant)
@@ -67,34 +65,46 @@ async def probe_work(context: Context, request: Request, caller: ApiKey, body: P
             )
         if record.status in ("failed", "cancelled", "expired"):
             raise StateConflict(f"The extraction's job is {record.status}; make the extraction anew.")
+        _check_scored(body, record.request.get("score_choices", False))
         rows, extraction_id, parents = record.request.get("inputs"), record.resource_id, (record.id,)
         variant = _asked(record.request.get("adapter"), body.variant)
         asked = record.request.get("layers", "all")
         _check_layers(body, *await _layers_of(context, record.request.get("model", ""), asked))
-        if record.request.get("pooling") == "none":
-            raise _needs_pooling("/extraction")
+        _check_pooling(body, record.request.get("pooling", "last"), "/extraction")
     else:
         resource = await resource_of(context, caller, "extraction", body.extraction or "")
         rows, extraction_id = resource.body["inputs"], resource.id
-        if resource.body["pooling"] == "none":
-            raise _needs_pooling("/extraction")
+        _check_pooling(body, resource.body["pooling"], "/extraction")
         variant = chosen(resource.body, body.variant)
+        _check_scored(body, "choices" in resource.blobs)
+        if body.labels == "correct":
+            scored = resource.body["scored"]
+            mine = scored if variant is None else scored[variant]
+            refuse_one_answer(mine["correct"], mine["answered"])
         _check_layers(body, resource.body["layers"], resource.body["num_layers"])
     if rows is not None:
         _check_lengths(body, rows)
     spec = body.model_dump(exclude={"labels", "groups", "split", "data", "priority", "webhook"})
+    labels: Sequence[Any] = body.labels if isinstance(body.labels, list) else [None] * (rows or 0)
     groups: Sequence[Any] = body.groups or [None] * len(labels)
-    split: Sequence[Any] = body.split or [None] * len(labels)
+    named = isinstance(body.split, str)
+    split: Sequence[Any] = [None] * len(labels) if named else body.split or [None] * len(labels)
     return (
         Work(
             kind="probe",
             lane="cpu",
-            spec={**spec, "extraction": extraction_id, "variant": variant},
+            spec={
+                **spec,
+                "extraction": extraction_id,
+                "variant": variant,
+                "labels": "correct" if body.labels == "correct" else None,
+                "split": body.split if named else None,
+            },
             rows=[list(row) for row in zip(labels, groups, split, strict=True)],
             request={
                 **body.model_dump(exclude={"labels", "groups", "split", "data", "webhook"}, exclude_defaults=True),
                 "extraction": extraction_id,
-                "labels": len(labels),
+                "labels": "correct" if body.labels == "correct" else len(labels),
             },
             resource_id=new_id("prb"),
             priority=body.priority,
@@ -149,20 +159,60 @@ async def _layers_of(context: Context, model: str, asked: list[int] | str) -> tu
         return None, None
 
 
-def _refuse_unbuilt(body: ProbeRequest) -> None:
-    later = {
-        'labels "correct"': body.labels == "correct",
-        f"the estimator {body.estimator}": body.estimator != "logistic",
-        "regression": body.task == "regression",
-        f"the calibration {body.calibration}": body.calibration != "none",
-        "a baseline other than length and shuffled_labels": not set(body.baselines) <= _BUILT_BASELINES,
-        "regression, which labels that are not whole numbers mean,": any(
-            isinstance(label, float) and not label.is_integer() for label in body.labels
-        ),
-    }
-    for name, asked in later.items():
-        if asked:
-            raise NotBuilt(f"{name[0].upper()}{name[1:]}: part of the contract and not offered by this version.")
+def _check_settings(body: ProbeRequest) -> None:
+    """Refuse settings that do not go together whatever the states are."""
+    found = []
+    regression = body.task == "regression" or (
+        body.task == "auto" and any(isinstance(label, float) and not label.is_integer() for label in body.labels)
+    )
+    if body.labels == "correct" and body.task in ("multiclass", "regression"):
+        found.append(FieldError(pointer="/task", detail="right or wrong are two classes: use auto or binary"))
+    elif regression and body.calibration != "none":
+        detail = "a regression gives values, no probabilities that could be calibrated: use none"
+        found.append(FieldError(pointer="/calibration", detail=detail))
+    if body.split == "grouped" and not body.groups:
+        found.append(FieldError(pointer="/split", detail="a grouped split needs groups, one a row; or use stratified"))
+    if found:
+        raise InvalidRequest("These settings do not go together.", errors=found)
+
+
+def _check_pooling(body: ProbeRequest, pooling: str | None, pointer: str) -> None:
+    """Refuse an estimator that reads other states than these; `pointer` is where those are asked for."""
+    if pooling is None or (pooling == "none") == (body.estimator in _TOKEN_ESTIMATORS):
+        return
+    if pooling == "none":
+        raise InvalidRequest(
+            "The states are not pooled.",
+            errors=[
+                FieldError(
+                    pointer=pointer,
+                    detail=f"a {body.estimator} probe reads one vector an input; extract with pooling last, mean, max "
+                    f"or first, or use the estimator {' or '.join(_TOKEN_ESTIMATORS)}",
+                )
+            ],
+        )
+    raise InvalidRequest(
+        "The states are pooled.",
+        errors=[
+            FieldError(
+                pointer=pointer, detail=f"{body.estimator} reads the states of every token; extract with pooling none"
+            )
+        ],
+    )
+
+
+def _check_scored(body: ProbeRequest, scored: bool, remedy: str = "make one with score_choices") -> None:
+    """Refuse what is read from the scores of choices where there are none."""
+    if scored:
+        return
+    found = []
+    if body.labels == "correct":
+        found.append(FieldError(pointer="/labels", detail=f"nothing says whether the model is right; {remedy}"))
+    if "model_confidence" in body.baselines:
+        pointer = f"/baselines/{body.baselines.index('model_confidence')}"
+        found.append(FieldError(pointer=pointer, detail=f"nothing says how sure the model is; {remedy}"))
+    if found:
+        raise InvalidRequest("The extraction's choices are not scored.", errors=found)
 
 
 def _check_lengths(body: ProbeRequest, rows: int) -> None:
@@ -193,112 +243,3 @@ def _check_layers(body: ProbeRequest, held: list[int] | None, depth: int | None)
         seen.add(layer)
     if found:
         raise InvalidRequest("The layers do not fit the extraction.", errors=found[:50])
-
-
-def _needs_pooling(pointer: str) -> InvalidRequest:
-    detail = "a probe of this kind reads one vector an input; extract with pooling last, mean, max or first"
-    return InvalidRequest("The states are not pooled.", errors=[FieldError(pointer=pointer, detail=detail)])
-
-
-async def prediction_work(context: Context, caller: ApiKey, probe: Resource, body: PredictRequest, size: int) -> Work:
-    """The job of a prediction, asked for in a body of `size` bytes.
-
-    Raises `IdentityMismatch` unless the states are the probe's own or `transfer` is set."""
-    webhook = webhook_of(context, body)
-    if body.per_token or body.also:
-        raise NotBuilt("per_token and also are part of the contract and not offered by this version.")
-    identity = Identity.model_validate(probe.body["identity"])
-    spec: dict[str, Any] = {"probe": probe.id, "layer": probe.body["layer"], "transfer": False}
-    summary = body.model_dump(exclude={"inputs", "webhook"}, exclude_defaults=True)
-    if body.inputs is None:
-        resource = await resource_of(context, caller, "extraction", body.extraction or "")
-        variant = _variant_for(identity, resource, body.variant)
-        transfer = _compare(probe, identity, resource, variant, transfer=body.transfer)
-        spec |= {"extraction": resource.id, "variant": variant, "transfer": transfer}
-        return Work(
-            kind="prediction",
-            lane="cpu",
-            spec=spec,
-            request={**summary, "probe": probe.id, "extraction": resource.id},
-            resource_id=new_id("prd"),
-            priority=body.priority,
-            webhook=webhook,
-        )
-    chosen({}, body.variant)
-    adapter = None
-    if identity.adapter is not None and (adapter := await of_digest(context, probe.owner, identity.adapter)) is None:
-        raise StateConflict(
-            f"The adapter that the probe was trained with ({identity.adapter[:12]}…) was deleted; add it again to read "
-            "new inputs with it."
-        )
-    options = ExtractionOptions(
-        model=identity.model,
-        quantization=identity.quantization,
-        layers=[probe.body["layer"]],
-        pooling=identity.pooling,
-        positions=identity.positions,  # type: ignore[arg-type]
-        template=identity.template,  # type: ignore[arg-type]
-        add_generation_prompt=identity.add_generation_prompt,
-        compute_dtype=identity.compute_dtype,  # type: ignore[arg-type]
-        **probe.private.get("options", {}),
-    )
-    refuse_prompts(body.inputs)
-    with pointing(None):
-        entry = await model_entry(context, options.model, options.quantization)
-    await context.apart(size, check, entry, options, body.inputs, context.plane.settings.limits)
-    return Work(
-        kind="prediction",
-        lane=lane_of(entry, options),
-        spec={**options.model_dump(), **spec, **({"variants": [wire(adapter)], "paired": False} if adapter else {})},
-        rows=await context.apart(size, wire_rows, body.inputs),
-        request={**summary, "probe": probe.id, "inputs": len(body.inputs)},
-        resource_id=new_id("prd"),
-        priority=body.priority,
-        webhook=webhook,
-        inputs=len(body.inputs),
-    )
-
-
-def _variant_for(identity: Identity, resource: Resource, asked: str | None) -> int | None:
-    """Which variant of an extraction a probe is to read: the one asked for, else the one that has its own adapter."""
-    variants = resource.body.get("variants")
-    if asked is None and variants is not None:
-        own = [number for number, one in enumerate(variants) if one["digest"] == identity.adapter]
-        if own:
-            return own[0]
-    return chosen(resource.body, asked)
-
-
-def _compare(probe: Resource, identity: Identity, resource: Resource, variant: int | None, *, transfer: bool) -> bool:
-    """Whether the states are of another identity; raises unless that is asked for."""
-    if probe.body["layer"] not in resource.body["layers"]:
-        raise InvalidRequest(
-            "The extraction lacks the probe's layer.",
-            errors=[FieldError(pointer="/extraction", detail=f"it does not hold layer {probe.body['layer']}")],
-        )
-    if resource.body["pooling"] == "none":
-        raise _needs_pooling("/extraction")
-    if resource.body["shape"][-1] != probe.private["hidden_size"]:
-        raise InvalidRequest(
-            "The extraction is of another width than the probe.",
-            errors=[
-                FieldError(
-                    pointer="/extraction",
-                    detail=f"its states have {resource.body['shape'][-1]} numbers, the probe reads "
-                    f"{probe.private['hidden_size']}; no transfer is possible",
-                )
-            ],
-        )
-    other = Identity.model_validate(resource.body["identity"])
-    if variant is not None:
-        other.adapter = resource.body["variants"][variant]["digest"]
-    fields = [name for name in Identity.model_fields if getattr(identity, name) != getattr(other, name)]
-    if fields and not transfer:
-        differing = "; ".join(
-            f"{name} {getattr(other, name)!r} where the probe has {getattr(identity, name)!r}" for name in fields
-        )
-        raise IdentityMismatch(
-            f"The extraction was made under another identity: {differing}. Set transfer to use the probe all the same.",
-            differs=fields,
-        )
-    return bool(fields)

@@ -21,6 +21,8 @@ class Resident:
 class Work:
     """What the scheduler reads of an extraction."""
 
+    answering = False
+
     def __init__(
         self,
         lengths: list[int],

@@ -84,7 +84,7 @@ def test_each_bad_input_is_named(smollm2_resident: Resident, renderer: ChatRende
         {"messages": []},
         {"messages": [{"content": "no role"}]},
         17,
-        {"prompt": "?"},
+        {"prompt": 3},
         {"messages": [{"role": "user", "content": ["not", "text"]}]},
     ]
     found = faults(smollm2_resident, renderer, inputs)

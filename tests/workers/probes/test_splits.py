@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bathyscope.errors import InvalidRequest
+from bathyscope_workers.probes.near_duplicates import NearDuplicates
 from bathyscope_workers.probes.splits import inner_folds, input_keys, make_folds
 from bathyscope_workers.probes.targets import encode_labels
 
@@ -102,6 +103,12 @@ def test_seeds_are_recorded_and_matter() -> None:
         ([0, 1] * 2, {"split": ["train"] * 4}, "/split"),
         ([0, 0, 1, 1], {"split": ["train", "train", "test", "test"]}, "/split"),
         ([0, 1] * 2, {"split": ["train", "train", "test", "test"], "groups": [0, 1, 1, 2]}, "/split/1"),
+        ([0, 1] * 10, {"split": "grouped"}, "/split"),
+        ([0, 1] * 10, {"split": "alphabetic"}, "/split"),
+        ([0, 1] * 60, {"split": [*range(60)] * 2}, "/split"),
+        ([0] * 20 + [1], {"split": "random"}, "/labels"),
+        ([0.5] * 5 + [1.5], {"split": ["train"] * 5 + ["test"]}, "/split"),
+        ([0.5] * 5 + [1.5], {"folds": 2, "groups": [0] * 5 + [1]}, "/groups"),
     ],
 )
 def test_refusals(labels: list[int], options: dict[str, Any], pointer: str) -> None:
@@ -139,6 +146,64 @@ def test_inner_folds_split_the_training_rows_only() -> None:
 def test_inner_folds_say_when_there_is_too_little() -> None:
     labels = targets_of([0, 1] * 2)
     outer = make_folds(labels, folds=2)
-    with pytest.raises(InvalidRequest, match="one layer and one C") as caught:
+    with pytest.raises(InvalidRequest, match="one layer, one C and no calibration") as caught:
         inner_folds(labels, outer, np.flatnonzero(outer.assignment != 0), 0)
     assert caught.value.errors[0]["pointer"] == "/folds"
+
+
+@pytest.mark.parametrize("kind", [None, "random", "stratified", "grouped"])
+def test_groups_hold_whatever_the_split_is_called(kind: str | None) -> None:
+    rng = np.random.default_rng(0)
+    groups = rng.integers(0, 30, 120)
+    folds = make_folds(targets_of((np.arange(120) % 2).tolist()), groups=groups.tolist(), split=kind)
+    assert folds.kind == (kind or "grouped")
+    for group in range(30):
+        assert len(set(folds.assignment[groups == group])) == 1
+    sizes = folds.record()["sizes"]
+    assert max(sizes) - min(sizes) <= 4
+
+
+def test_a_random_split_lets_the_classes_fall() -> None:
+    """Over many seeds the share of a rare class in a fold varies as drawing does; stratified it cannot."""
+    labels = targets_of([0] * 180 + [1] * 20)
+
+    def in_first(split: str, seed: int) -> int:
+        folds = make_folds(labels, split=split, seed=seed)
+        assert folds.record()["sizes"] == [40] * 5
+        return int(labels.codes[folds.assignment == 0].sum())
+
+    random = [in_first("random", seed) for seed in range(60)]
+    assert {in_first("stratified", seed) for seed in range(5)} == {4}
+    assert 1.2 < np.std(random) < 2.4  # hypergeometric: 1.7
+    assert 3 < np.mean(random) < 5
+
+
+def test_values_are_dealt_evenly() -> None:
+    rng = np.random.default_rng(0)
+    values = np.exp(rng.normal(size=200))
+    folds = make_folds(targets_of(values.tolist()))
+    assert folds.kind == "stratified"
+    means = [np.log(values[test]).mean() for _, test in folds]
+    assert np.std(means) < 0.05  # of rows dealt at random 0.16
+
+
+def near(clusters: list[int], complete: bool = True) -> NearDuplicates:
+    return NearDuplicates(np.array(clusters), 1, complete)
+
+
+def test_near_duplicates_join_groups_and_are_said() -> None:
+    labels = targets_of([0, 1] * 4)
+    folds = make_folds(labels, folds=2, near=near([0, 1, 1, 2, 3, 4, 5, 6]))
+    assert folds.assignment[1] == folds.assignment[2]
+    assert any("tie 8 groups or inputs to 7" in warning for warning in folds.warnings)
+    tied = make_folds(labels, folds=2, groups=[0, 0, 1, 1, 2, 2, 3, 3], near=near([0, 1, 1, 2, 3, 4, 5, 6]))
+    assert tied.clusters.tolist() == [0, 0, 0, 0, 1, 1, 2, 2]
+    cut = make_folds(labels, folds=2, near=near([*range(8)], complete=False))
+    assert any("not every pair" in warning for warning in cut.warnings)
+    with pytest.raises(InvalidRequest, match="near_duplicates"):
+        make_folds(labels, folds=4, near=near([0] * 6 + [1, 2]))
+
+
+def test_near_duplicates_across_a_given_split_are_leakage() -> None:
+    folds = make_folds(targets_of([0, 1] * 3), split=["train"] * 4 + ["test"] * 2, near=near([0, 1, 2, 3, 3, 4]))
+    assert any(warning.startswith("Leakage") and "2 rows" in warning for warning in folds.warnings)

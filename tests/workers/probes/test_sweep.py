@@ -11,7 +11,7 @@ from sklearn.metrics import roc_auc_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from bathyscope.errors import InvalidInput, InvalidRequest, JobCancelled, NotBuilt
+from bathyscope.errors import InvalidInput, InvalidRequest, JobCancelled
 from bathyscope.types import Report as WireReport
 from bathyscope_workers.probes import SweepConfig, SweepResult, sweep
 
@@ -106,7 +106,7 @@ def test_a_planted_direction_is_found_and_chosen() -> None:
     states, y, directions = planted(rows=2000, hidden=32, layers=3, strength=4.0)
     result = sweep(states, range(3), y.astype(bool).tolist(), config=SweepConfig(bootstrap=0))
     true = directions[1] - directions[0]
-    weights = result.probe.weights[0]
+    weights = result.probe.tensors["weights"][0]
     assert weights @ true / np.linalg.norm(weights) / np.linalg.norm(true) > 0.95
     assert result.report.best_layer == 2
     assert result.report.classes == [False, True]
@@ -158,7 +158,7 @@ def test_several_classes(kind: type) -> None:
     assert report.best_layer == 3
     assert report.held_out["auroc"]["value"] > 0.9
     assert result.held_out_probabilities.shape == (240, 4)
-    assert result.probe.weights.shape == (4, 48)
+    assert result.probe.tensors["weights"].shape == (4, 48)
     assert result.probe.labels(result.probe.predict(states[:, 3]))[0] == labels[0]
     assert report.thresholds == {}
 
@@ -189,7 +189,7 @@ def test_a_test_set_of_the_callers_own() -> None:
     turned = y.copy()
     turned[200:] = 1 - turned[200:]
     again = sweep(states, range(4), turned.tolist(), split=split, config=QUICK)
-    assert (again.probe.weights == result.probe.weights).all()
+    assert (again.probe.tensors["weights"] == result.probe.tensors["weights"]).all()
     assert "test rows" in report.protocol
 
 
@@ -325,10 +325,12 @@ def test_states_that_are_not_finite_are_refused(value: float) -> None:
 @pytest.mark.parametrize(
     ("options", "error", "pointer"),
     [
-        ({"estimator": "mlp"}, NotBuilt, "/estimator"),
-        ({"calibration": "platt"}, NotBuilt, "/calibration"),
-        ({"baselines": ["length", "bag_of_words"]}, NotBuilt, "/baselines/1"),
-        ({"baselines": ["horoscope"]}, InvalidRequest, "/baselines/0"),
+        ({"estimator": "oracle"}, InvalidRequest, "/estimator"),
+        ({"calibration": "guess"}, InvalidRequest, "/calibration"),
+        ({"baselines": ["length", "horoscope"]}, InvalidRequest, "/baselines/1"),
+        ({"baselines": ["model_confidence"]}, InvalidRequest, "/baselines/0"),
+        ({"near_duplicates": 0.0}, InvalidRequest, "/near_duplicates"),
+        ({"near_duplicates": 1.5}, InvalidRequest, "/near_duplicates"),
         ({"C": []}, InvalidRequest, "/C"),
         ({"folds": 1}, InvalidRequest, "/folds"),
         ({"target_fpr": 0.0}, InvalidRequest, "/target_fpr"),

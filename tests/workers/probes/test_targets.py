@@ -4,7 +4,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bathyscope.errors import InvalidRequest, NotBuilt
+from bathyscope.errors import InvalidRequest
 from bathyscope_workers.probes.targets import MAX_CLASSES, encode_groups, encode_labels
 
 
@@ -63,10 +63,40 @@ def test_a_binary_task_has_two_classes() -> None:
         encode_labels([0, 1, 2], 3, task="binary")
 
 
-@pytest.mark.parametrize(("labels", "task"), [([0.5, 1.0], "auto"), ([0, 1], "regression")])
-def test_regression_is_not_built(labels: list[Any], task: str) -> None:
-    with pytest.raises(NotBuilt):
+@pytest.mark.parametrize(
+    ("labels", "task"), [([0.5, 1.0, 2], "auto"), ([0, 1, 5], "regression"), ([-1e99, 0.0, 1e-300], "regression")]
+)
+def test_values(labels: list[Any], task: str) -> None:
+    targets = encode_labels(labels, 3, task=task)
+    assert (targets.task, targets.classes, targets.counts) == ("regression", (), [])
+    assert targets.y.dtype == np.float64
+    assert targets.y.tolist() == [float(label) for label in labels]
+
+
+@pytest.mark.parametrize(
+    ("labels", "task", "pointer"),
+    [
+        ([0.5, 0.5], "auto", "/labels"),
+        ([3, 3], "regression", "/labels"),
+        (["a", "b"], "regression", "/labels"),
+        ([True, False], "regression", "/labels"),
+        ([0.0, 1e101], "regression", "/labels/1"),
+        ([0, 10**400], "regression", "/labels/1"),
+        ([0.0, math.nan], "regression", "/labels/1"),
+        ([0.5, 1.0], "binary", "/labels"),
+        ([0.5, 1.0], "multiclass", "/labels"),
+        ([0, 1], "ranking", "/task"),
+    ],
+)
+def test_values_that_cannot_be_learned(labels: list[Any], task: str, pointer: str) -> None:
+    with pytest.raises(InvalidRequest) as caught:
         encode_labels(labels, 2, task=task)
+    assert caught.value.errors[0]["pointer"] == pointer
+
+
+def test_many_different_whole_numbers_hint_at_regression() -> None:
+    with pytest.raises(InvalidRequest, match="set task to regression"):
+        encode_labels(list(range(MAX_CLASSES + 1)), MAX_CLASSES + 1)
 
 
 def test_groups() -> None:

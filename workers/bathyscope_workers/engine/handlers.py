@@ -27,7 +27,7 @@ Handler = Callable[..., dict[str, Any]]
 
 CPU_HANDLERS: dict[str, str] = {
     "adapter": "bathyscope_workers.engine.adapter_handlers:convert",
-    "prediction": "bathyscope_workers.engine.probe_handlers:predict_stored",
+    "prediction": "bathyscope_workers.engine.prediction_handlers:predict_stored",
     "probe": "bathyscope_workers.engine.probe_handlers:train",
 }
 """Kind of job -> `module:function` of its handler, for engines of kind cpu."""
@@ -35,7 +35,7 @@ CPU_HANDLERS: dict[str, str] = {
 MODEL_HANDLERS: dict[str, str] = {"adapter": "bathyscope_workers.adapters.effect:measure_job"}
 """Kind of job -> `module:function` of its handler, for engines of kind model."""
 
-FINISHERS: dict[str, str] = {"prediction": "bathyscope_workers.engine.probe_handlers:predict_inputs"}
+FINISHERS: dict[str, str] = {"prediction": "bathyscope_workers.engine.prediction_handlers:predict_inputs"}
 """Kind of job -> `module:function` of its finisher, for engines of kind model."""
 
 

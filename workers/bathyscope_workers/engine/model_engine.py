@@ -18,7 +18,7 @@ from structlog.contextvars import bound_contextvars
 
 from bathyscope import errors
 from bathyscope_workers.adapters.bank import RowsNotApart
-from bathyscope_workers.engine import handlers
+from bathyscope_workers.engine import answers, handlers
 from bathyscope_workers.engine.account import Batches
 from bathyscope_workers.engine.channel import Channel
 from bathyscope_workers.engine.problems import DeviceFault, problem_of
@@ -241,8 +241,12 @@ class ModelEngine:
             self._progress(active, "tokenise", extraction.read_inputs, extraction.total_inputs)
 
     def _run_batch(self) -> None:
-        rows = self.scheduler.next_batch(self._jobs.values())
+        turn = self.scheduler.next_turn(self._jobs.values())
+        if turn is None:
+            return
+        rows = turn.rows
         if not rows:
+            self._answer(turn.leader)
             return
         self._announce(list(dict.fromkeys(one.active.job.id for one in rows)))
         self._forward(rows)
@@ -251,10 +255,25 @@ class ModelEngine:
             if not self._is_active(active):
                 continue
             extraction = active.running
-            if extraction.done_rows == extraction.total_rows:
+            if extraction.done_rows == extraction.total_rows and not extraction.answering:
                 self._finish(active)
             else:
                 self._progress(active, "forward", extraction.done_rows, extraction.total_rows)
+
+    def _answer(self, active: Active) -> None:
+        """Go on with a job's answers in words for a moment."""
+        self._announce([active.job.id])
+        generation = active.running.generation
+        assert generation is not None
+        budget = self.scheduler.budget(active.running.resident)
+        fault = answers.go_on(active, budget, self._batches, self.device)
+        self._beat()
+        if fault is not None:
+            self._fail(active, fault)
+        elif generation.waiting:
+            self._progress(active, "generate", generation.done, generation.total)
+        else:
+            self._finish(active)
 
     def _forward(self, rows: list[Row]) -> None:
         """Run a batch; halve it when memory runs out, run its jobs apart when something else goes wrong."""

@@ -1,4 +1,4 @@
-"""Probes in the engines: training and predicting on stored states (cpu), predicting on new inputs (model).
+"""Training probes on stored states, in the cpu engine.
 
 States are read from an extraction's file through a memory map, so a sweep over all of its layers copies one layer at a
 time.
@@ -12,33 +12,36 @@ from typing import Any
 
 import numpy as np
 import orjson
-from numpy.typing import NDArray
 
 from bathyscope.errors import FieldError, InvalidRequest
+from bathyscope_backplane.one_answer import refuse_one_answer
 from bathyscope_workers.engine.handlers import JobContext
 from bathyscope_workers.engine.protocol import RunJob
-from bathyscope_workers.extraction.extraction import ExtractionResult
-from bathyscope_workers.probes import FittedProbe, SweepConfig, input_keys, sweep
-
-_DTYPES: dict[str, np.dtype[Any]] = {
-    "F32": np.dtype("<f4"),
-    "F16": np.dtype("<f2"),
-    "BF16": np.dtype("<u2"),
-    "I64": np.dtype("<i8"),
-}
+from bathyscope_workers.engine.scored import read_scores
+from bathyscope_workers.engine.stored import stored_tensor
+from bathyscope_workers.probes import SweepConfig, sweep
 
 
 def train(job: RunJob, context: JobContext) -> dict[str, Any]:
     """The handler of a probe: sweep over the layers asked for, leave report and weights in scratch."""
     spec = job.spec
-    states = _tensor(spec["states_path"], spec["layout"]["hidden_states"])
-    token_ids = _tensor(spec["states_path"], spec["layout"]["token_ids"])
-    offsets = np.asarray(_tensor(spec["states_path"], spec["layout"]["offsets"]))
+    states = stored_tensor(spec["states_path"], spec["layout"]["hidden_states"])
+    token_ids = stored_tensor(spec["states_path"], spec["layout"]["token_ids"])
+    offsets = np.asarray(stored_tensor(spec["states_path"], spec["layout"]["offsets"]))
     rows = orjson.loads(Path(spec["rows_path"]).read_bytes())
     labels, groups, split = (list(column) for column in zip(*rows, strict=True))
+    own: dict[str, Any] = {}
+    if "choices_path" in spec:
+        correct, own["confidence"] = read_scores(spec["choices_path"], *spec["choices_lines"])
+        if spec["labels"] == "correct":
+            refuse_one_answer(sum(correct), len(correct))
+            labels = correct
     held: list[int] = spec["held_layers"]
     depth = spec["num_layers"]
     wanted = held if spec["layers"] == "all" else _resolved(spec["layers"], held, depth)
+    tokens = spec["identity"]["pooling"] == "none"
+    if not (tokens and spec["identity"]["positions"]):  # else there are the ids of the tokens kept only
+        own |= {"token_ids": token_ids, "offsets": offsets}
     if wanted != held:
         states = states[:, [held.index(layer) for layer in wanted]]
     result = sweep(
@@ -46,9 +49,9 @@ def train(job: RunJob, context: JobContext) -> dict[str, Any]:
         wanted,
         labels,
         groups=None if all(group is None for group in groups) else groups,
-        split=None if all(side is None for side in split) else split,
-        lengths=np.diff(offsets).tolist(),
-        input_keys=input_keys(token_ids, offsets),
+        split=spec.get("split") if all(side is None for side in split) else split,
+        state_offsets=offsets if tokens else None,
+        **own,
         config=SweepConfig(**spec["config"]),
         progress=context.progress,
         cancelled=_beating(context),
@@ -58,22 +61,6 @@ def train(job: RunJob, context: JobContext) -> dict[str, Any]:
     report_path.write_bytes(orjson.dumps(result.report.to_dict()))
     dataclasses.replace(result.probe, identity=spec["identity"]).save(weights_path)
     return {"report_path": str(report_path), "weights_path": str(weights_path)}
-
-
-def predict_stored(job: RunJob, context: JobContext) -> dict[str, Any]:
-    """The handler of a prediction on an extraction that exists."""
-    spec = job.spec
-    probe = FittedProbe.load(spec["weights_path"])
-    states = _tensor(spec["states_path"], spec["layout"]["hidden_states"])
-    return _write(job, probe, states[:, spec["held_layers"].index(probe.layer)])
-
-
-def predict_inputs(job: RunJob, result: ExtractionResult, context: JobContext) -> dict[str, Any]:
-    """The finisher of a prediction on new inputs: reads the one layer that was extracted."""
-    probe = FittedProbe.load(job.extra["weights_path"])
-    place = result.tensors["hidden_states"]
-    states = np.memmap(result.path, np.dtype("<f4"), "r", place["offset"], tuple(place["shape"]))
-    return {**_write(job, probe, states[:, 0]), "provenance": result.provenance}
 
 
 def _resolved(asked: list[int], held: list[int], depth: int) -> list[int]:
@@ -92,29 +79,6 @@ def _resolved(asked: list[int], held: list[int], depth: int) -> list[int]:
     if found:
         raise InvalidRequest("The layers do not fit the extraction.", errors=found[:50])
     return wanted
-
-
-def _write(job: RunJob, probe: FittedProbe, states: NDArray[Any]) -> dict[str, Any]:
-    probabilities = probe.predict(states)
-    path = Path(job.scratch) / "prediction.json"
-    content = {
-        "probabilities": probabilities,
-        "labels": probe.labels(probabilities),
-    }
-    path.write_bytes(orjson.dumps(content, option=orjson.OPT_SERIALIZE_NUMPY))
-    return {"prediction_path": str(path), "classes": list(probe.classes)}
-
-
-def _tensor(path: str, entry: dict[str, Any]) -> NDArray[Any]:
-    """A tensor of a safetensors file, mapped; bfloat16 as float32."""
-    count = int(np.prod(entry["shape"]))
-    if not count:
-        return np.zeros(entry["shape"], np.float32)
-    mapped: NDArray[Any] = np.memmap(path, _DTYPES[entry["dtype"]], "r", entry["start"], tuple(entry["shape"]))
-    if entry["dtype"] != "BF16":
-        return mapped
-    widened: NDArray[Any] = (mapped.astype(np.uint32) << 16).view(np.float32)  # its upper half is the float32's
-    return widened
 
 
 def _beating(context: JobContext) -> Any:

@@ -202,7 +202,7 @@ class ProgressEvent(TypedDict):
     ev: Literal["progress"]
     id: str
     stage: str
-    """`tokenise` or `forward`; a cpu handler names its own."""
+    """`tokenise`, `forward` or `generate` (answers in words); a cpu handler names its own."""
     done: int
     total: int
     unit: str

@@ -3,7 +3,8 @@
 Extractions of one resident share batches, and a new one joins at the next batch. Owners take turns at leading a
 batch, and an owner's jobs take turns among themselves, so one text never waits for ten thousand; higher priority
 goes first, and a class is gained for every `AGING_SECONDS` a job was not served. The leader fills the batch as
-far as it can; what is left goes to rows of other jobs that fit its width.
+far as it can; what is left goes to rows of other jobs that fit its width. A leader that has no rows left and gives
+answers in words goes on with those for a moment instead.
 
 A batch holds rows of the base and of whichever adapters mix, each row under its own: sharing costs two small products a
 module and adapter, a batch left half empty costs more. An adapter that does not mix has its batches to itself.
@@ -58,6 +59,15 @@ class Row:
     row: int
 
 
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """What is done next."""
+
+    leader: Active
+    rows: list[Row]
+    """A batch; empty when the leader goes on with its answers in words, which it does by itself."""
+
+
 class Scheduler:
     """Picks the next batch among active jobs."""
 
@@ -68,15 +78,25 @@ class Scheduler:
         self._owner_turns: dict[str, int] = {}
 
     def next_batch(self, jobs: Iterable[Active]) -> list[Row]:
-        """Rows of one resident that share the next forward pass; taken from their extractions. Empty when none wait."""
-        ready = [active for active in jobs if active.tokenised and any(active.running.queues)]
+        """Rows of one resident that share the next forward pass; taken from their extractions."""
+        turn = self.next_turn(jobs)
+        return turn.rows if turn is not None else []
+
+    def next_turn(self, jobs: Iterable[Active]) -> Turn | None:
+        """Whose turn it is and what is done in it; None when nothing waits."""
+        ready = [active for active in jobs if active.tokenised and (_has_rows(active) or active.running.answering)]
         if not ready:
             self._owner_turns.clear()
-            return []
+            return None
         now = time.monotonic()
         ready.sort(key=lambda active: self._order(active, now))
         leader = ready[0]
         self._serve(leader, now)
+        if not _has_rows(leader):
+            return Turn(leader, [])
+        return Turn(leader, self._fill(leader, [active for active in ready if _has_rows(active)], now))
+
+    def _fill(self, leader: Active, ready: list[Active], now: float) -> list[Row]:
         extraction = leader.running
         budget = self.budget(extraction.resident)
         first = next(queue for queue in extraction.queues if queue)
@@ -120,3 +140,7 @@ class Scheduler:
             return False
         low, high = sorted((mine.top, theirs.top))
         return 2 * low >= high
+
+
+def _has_rows(active: Active) -> bool:
+    return any(active.running.queues)

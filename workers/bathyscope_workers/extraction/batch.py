@@ -11,10 +11,11 @@ import torch
 from bathyscope_workers.adapters.bank import Share
 from bathyscope_workers.extraction.extraction import Extraction
 from bathyscope_workers.extraction.pool import BatchPart
+from bathyscope_workers.extraction.scoring import ScorePart
 
 
 def run_batch(shares: Sequence[tuple[Extraction, list[int]]]) -> None:
-    """Run rows of extractions on the same resident and write their states to their places.
+    """Run rows of extractions on the same resident and write their states and scores to their places.
 
     Each share is an extraction and the rows it has in this batch. Nothing is counted as done when it fails; rows
     already written are written again by the next try.
@@ -32,14 +33,22 @@ def run_batch(shares: Sequence[tuple[Extraction, list[int]]]) -> None:
     ids, lengths = resident.forward.pad([shares[number][0].row_ids(row) for _, number, row in rows])
     seq = ids.shape[1]
     parts: list[BatchPart] = []
+    scores: list[ScorePart] = []
     for number, (extraction, _) in enumerate(shares):
         mine = [(place, row) for place, (_, owner, row) in enumerate(rows) if owner == number]
-        parts.append(BatchPart(extraction, [row for _, row in mine], [place for place, _ in mine], seq))
-    layers = sorted(set().union(*(extraction.slots for extraction, _ in shares)))
+        mine_rows, places = [row for _, row in mine], [place for place, _ in mine]
+        parts.append(BatchPart(extraction, mine_rows, places, seq))
+        if extraction.questions is not None:
+            scores.append(ScorePart(extraction, mine_rows, places, seq))
+    scores = [part for part in scores if not part.empty]
+    asked = set().union(*(extraction.slots for extraction, _ in shares))
+    layers = sorted(asked | {resident.facts.num_layers} if scores else asked)
 
     def consume(layer: int, states: torch.Tensor) -> None:
         for part in parts:
             part.consume(layer, states)
+        for score in scores:
+            score.consume(layer, states)
 
     adapters: list[Share] = []
     for digest, group in groupby(rows, key=lambda one: one[0]):
@@ -50,8 +59,10 @@ def run_batch(shares: Sequence[tuple[Extraction, list[int]]]) -> None:
         resident.forward(ids, lengths, layers, consume, first.style)
     for part in parts:
         part.flush()
+    for score in scores:
+        score.score()
     for part in parts:
         part.extraction.compare(part.rows)
-    for part in parts:
-        part.extraction.done_rows += len(part.rows)
-        part.extraction.computed_tokens += len(part.rows) * seq
+    for extraction, mine_rows in shares:
+        extraction.done_rows += len(mine_rows)
+        extraction.computed_tokens += len(mine_rows) * seq

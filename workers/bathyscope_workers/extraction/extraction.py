@@ -1,35 +1,38 @@
 """One extraction under way: inputs -> token ids -> a file of the right shape -> rows filled in by batches.
 
-A row is an input under a variant (the base, or an adapter): row = variant * inputs + input. Inputs are tokenised once.
+A row is a sequence of tokens under a variant (the base, or an adapter): row = variant * sequences + sequence. Inputs
+are tokenised once. Mostly an input is one sequence; a question may need several, one of which carries its prompt's
+states.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import orjson
 import torch
 from numpy.typing import NDArray
 
 from bathyscope import errors
 from bathyscope_workers.extraction.change import VariantChanges
+from bathyscope_workers.extraction.choices import Questions
+from bathyscope_workers.extraction.generation import Generation
+from bathyscope_workers.extraction.inputs import chunks, count_lines
 from bathyscope_workers.extraction.plan import Pending, Queue
 from bathyscope_workers.extraction.scratch import ScratchFile
 from bathyscope_workers.extraction.spec import ExtractionSpec
 from bathyscope_workers.extraction.template import ChatRenderer
+from bathyscope_workers.extraction.token_texts import TokenTexts
 from bathyscope_workers.extraction.tokens import InputReader
 from bathyscope_workers.models.resident import Resident
 from bathyscope_workers.models.versions import versions
 
 FILE_NAME = "hidden_states.safetensors"
-_CHUNK_INPUTS, _CHUNK_BYTES = 1000, 500_000
-"""Inputs tokenised in one step: a fraction of a second between two batches of other jobs."""
 _TORCH_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -59,6 +62,8 @@ class ExtractionResult:
     relative_change: list[list[float]] | None
     """Of a paired one: for each variant one number a layer, in the order asked for: the mean over vectors of the norm
     of the difference from the first variant over the norm of that."""
+    choices: dict[str, Any] | None = None
+    """What `Questions.write` gives, of one whose choices were scored."""
 
     def to_wire(self) -> dict[str, Any]:
         """A JSON object."""
@@ -92,10 +97,10 @@ class Extraction:
         self.layers = spec.resolve_layers(resident.facts.num_layers)
         self.slots = {layer: slot for slot, layer in enumerate(self.layers)}
         """Layer number to its place on the second axis of the result."""
-        self.top = max(self.layers)
+        self.top = resident.facts.num_layers if spec.score_choices else max(self.layers)
         self.torch_dtype = _TORCH_DTYPES[spec.dtype]
         self.style = resident.style if spec.batch_invariant else resident.batched_style
-        self.total_inputs = len(inputs) if inputs is not None else _count_lines(inputs_path)
+        self.total_inputs = len(inputs) if inputs is not None else count_lines(inputs_path)
         if self.total_inputs == 0:
             raise errors.InvalidRequest(
                 "there is nothing to extract", errors=[{"pointer": "/inputs", "detail": "at least one input"}]
@@ -107,11 +112,23 @@ class Extraction:
         """Rows still to be run, one queue a variant. One after the other: the fewer adapters meet in a batch, the less
         it costs."""
         self._changes: VariantChanges | None = None
+        self.sequences = 0
+        """Rows of one variant."""
         self._reader = InputReader(resident, spec, renderer)
-        self._chunks = _chunks(inputs, inputs_path)
+        self.questions: Questions | None = None
+        """What is asked about the inputs."""
+        self.generation: Generation | None = None
+        """The answers in words that are still to be given."""
+        if spec.score_choices:
+            _ = resident.head, self._reader.encoder  # refuse before any input is read
+            self.questions = Questions(
+                spec, self._reader, alone=self.style.alone, own_max_length=resident.facts.max_length
+            )
+        self._chunks = chunks(inputs, inputs_path)
         self._rows: list[NDArray[np.int32]] = []
         self._row_lengths: list[int] = []
         self._scratch_dir = Path(scratch)
+        self._texts = TokenTexts(self._reader, self._scratch_dir) if spec.per_token else None
         self._file: ScratchFile | None = None
         self._max_result_bytes = max_result_bytes
 
@@ -124,7 +141,12 @@ class Extraction:
         """
         chunk = next(self._chunks, None)
         if chunk is not None:
-            rows = self._reader.read(self.read_inputs, chunk)
+            prepared = self._reader.prepare(self.read_inputs, chunk)
+            rows = self._reader.encode(prepared)
+            if self.questions is not None:
+                self.questions.read(chunk, prepared, rows)
+            if self._texts is not None:
+                self._texts.read(prepared, rows)
             for index, ids in enumerate(rows, start=self.read_inputs):
                 if len(ids):
                     self._check_positions(index, len(ids))
@@ -139,34 +161,55 @@ class Extraction:
         self._rows.clear()
         self._lengths = np.array(self._row_lengths, dtype=np.int64)
         self._starts = _running_sums(self._lengths)
+        self._sequence_ids, self._sequence_starts, lengths = self._ids, self._starts, self._lengths
+        self._carried: NDArray[np.int64] | None = None
+        self.sequences = self.total_inputs
+        if self.questions is not None:
+            self._sequence_ids, lengths, self._carried = self.questions.lay_out(len(self.variants))
+            self._sequence_starts = _running_sums(lengths)
+            self.sequences = len(lengths)
+            if self.questions.open:
+                self.generation = Generation(self)
         self._lay_out()
         self.queues = [
-            Queue(adapter, number * self.total_inputs, Pending(self._lengths))
-            for number, adapter in enumerate(self.variants)
+            Queue(adapter, number * self.sequences, Pending(lengths)) for number, adapter in enumerate(self.variants)
         ]
         return True
 
     @property
     def total_rows(self) -> int:
-        """Inputs times variants."""
-        return self.total_inputs * len(self.variants)
+        """Sequences times variants."""
+        return self.sequences * len(self.variants)
+
+    @property
+    def answering(self) -> bool:
+        """Whether answers in words are still to be given."""
+        return self.generation is not None and self.generation.waiting
 
     def adapter_of(self, row: int) -> str | None:
         """The adapter that a row runs under."""
-        return self.variants[row // self.total_inputs]
+        return self.variants[row // self.sequences]
 
     def group_of(self, adapter: str | None) -> str | None:
         """Rows of equal groups may share a batch."""
         return None if adapter is None else self.resident.adapters.group(adapter)
 
     def row_ids(self, row: int) -> NDArray[np.int32]:
-        """Token ids of a row's input."""
-        number = row % self.total_inputs
-        return self._ids[self._starts[number] : self._starts[number + 1]]
+        """Token ids of a row."""
+        number = row % self.sequences
+        return self._sequence_ids[self._sequence_starts[number] : self._sequence_starts[number + 1]]
 
-    def kept_tokens(self, row: int) -> NDArray[np.int64]:
-        """Positions in a row's input of the tokens that are pooled, or kept with pooling none."""
-        length = int(self._lengths[row % self.total_inputs])
+    def carried(self, row: int) -> int | None:
+        """The input whose states come from a row, if any do."""
+        number = row % self.sequences
+        if self._carried is None:
+            return number
+        found = int(self._carried[number])
+        return None if found < 0 else found
+
+    def kept_tokens(self, number: int) -> NDArray[np.int64]:
+        """Positions in an input of the tokens that are pooled, or kept with pooling none."""
+        length = int(self._lengths[number])
         positions, pooling = self.spec.positions, self.spec.pooling
         if positions is not None and positions.tokens is not None:
             return np.array([one + length if one < 0 else one for one in positions.tokens], dtype=np.int64)
@@ -178,15 +221,17 @@ class Extraction:
         return np.arange(begin, end, dtype=np.int64)
 
     def first_target(self, row: int) -> int:
-        """Where the result of a row begins in `states`."""
-        variant, number = divmod(row, self.total_inputs)
+        """Where the result of a row that carries an input's states begins in `states`."""
+        variant, number = row // self.sequences, self.carried(row)
+        assert number is not None
         targets = self._targets
         return int(variant * targets[-1] + targets[number])
 
     def compare(self, rows: Sequence[int]) -> None:
-        """Note how far these rows, which are written, are from those of the first variant."""
-        if self._changes is not None:
-            variants, inputs = np.divmod(np.array(rows, dtype=np.int64), self.total_inputs)
+        """Note how far these rows, which carry states and are written, are from those of the first variant."""
+        if self._changes is not None and rows:
+            variants = np.array(rows, dtype=np.int64) // self.sequences
+            inputs = np.array([self.carried(row) for row in rows], dtype=np.int64)
             for variant in np.unique(variants):
                 self._changes.finished(int(variant), inputs[variants == variant])
 
@@ -214,7 +259,7 @@ class Extraction:
         if restricted:
             kept = [self.kept_tokens(row) for row in range(inputs)]
             self._offsets = _running_sums(np.array([len(one) for one in kept], dtype=np.int64))
-            token_ids = np.concatenate([self.row_ids(row)[one] for row, one in enumerate(kept)])
+            token_ids = np.concatenate([self._ids[self._starts[row] + one] for row, one in enumerate(kept)])
         else:
             self._offsets, token_ids = self._starts, self._ids
         self._targets = self._offsets if self.spec.pooling == "none" else np.arange(inputs + 1)
@@ -276,6 +321,7 @@ class Extraction:
         changes, self._changes = self._changes, None
         del self.states
         file.close()
+        choices = None if self.questions is None else self.questions.write(self._scratch_dir)
         return ExtractionResult(
             path=str(file.path),
             bytes=file.nbytes,
@@ -292,12 +338,13 @@ class Extraction:
             },
             provenance=self.provenance(),
             relative_change=None if changes is None else changes.relative_change(),
+            choices=choices,
         )
 
     def discard(self) -> None:
         """Stop: no more rows, no file."""
         self.queues.clear()
-        self._changes = None
+        self._changes = self.generation = None
         if hasattr(self, "states"):
             del self.states
         if self._file is not None:
@@ -314,43 +361,3 @@ def _running_sums(lengths: NDArray[np.int64]) -> NDArray[np.int64]:
     sums = np.zeros(len(lengths) + 1, dtype=np.int64)
     np.cumsum(lengths, out=sums[1:])
     return sums
-
-
-def _chunks(inputs: list[Any] | None, inputs_path: str | None) -> Iterator[list[Any]]:
-    """The inputs, some at a time; a file is never held whole."""
-    if inputs is not None:
-        chunk: list[Any] = []
-        size = 0
-        for item in inputs:
-            chunk.append(item)
-            size += len(item) if isinstance(item, str) else 1000
-            if len(chunk) >= _CHUNK_INPUTS or size >= _CHUNK_BYTES:
-                yield chunk
-                chunk, size = [], 0
-        if chunk:
-            yield chunk
-        return
-    assert inputs_path is not None
-    with open(inputs_path, "rb") as file:
-        while lines := _some_lines(file):
-            yield [orjson.loads(line) for line in lines]
-
-
-def _some_lines(file: Any) -> list[bytes]:
-    lines: list[bytes] = []
-    size = 0
-    while len(lines) < _CHUNK_INPUTS and size < _CHUNK_BYTES:
-        line = file.readline()
-        if not line:
-            break
-        if line.strip():
-            lines.append(line)
-            size += len(line)
-    return lines
-
-
-def _count_lines(path: str | None) -> int:
-    if path is None:
-        return 0
-    with open(path, "rb") as file:
-        return sum(1 for line in file if line.strip())

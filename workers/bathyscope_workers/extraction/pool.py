@@ -21,30 +21,35 @@ _HELD_BYTES = 64 * 2**20
 
 
 class BatchPart:
-    """Rows of one extraction at these places of a batch `seq` tokens wide."""
+    """Rows of one extraction at these places of a batch `seq` tokens wide; those that carry no input's states apart."""
 
     def __init__(self, extraction: Extraction, rows: list[int], places: list[int], seq: int) -> None:
         self.extraction = extraction
-        self.rows = rows
+        self.rows = [row for row in rows if extraction.carried(row) is not None]
+        """Those that do."""
         self._pooling = extraction.spec.pooling
         tokens: list[NDArray[np.int64]] = []
         targets: list[NDArray[np.int64]] = []
         for place, row in zip(places, rows, strict=True):
-            kept = extraction.kept_tokens(row)
+            number = extraction.carried(row)
+            if number is None:
+                continue
+            kept = extraction.kept_tokens(number)
             tokens.append(kept + place * seq)
             first = extraction.first_target(row)
             width = len(kept) if self._pooling == "none" else 1
             targets.append(np.arange(first, first + width, dtype=np.int64))
         self._lengths = [len(one) for one in tokens]
-        self._index = torch.from_numpy(np.concatenate(tokens))  # into (batch * seq)
-        self._targets = torch.from_numpy(np.concatenate(targets))  # into the result's first axis
+        nothing = [np.zeros(0, dtype=np.int64)]
+        self._index = torch.from_numpy(np.concatenate(tokens or nothing))  # into (batch * seq)
+        self._targets = torch.from_numpy(np.concatenate(targets or nothing))  # into the result's first axis
         self._held: dict[int, torch.Tensor] = {}
         self._held_bytes = 0
 
     def consume(self, layer: int, states: torch.Tensor) -> None:
         """Take what is wanted of a layer's states (batch, seq, hidden)."""
         slot = self.extraction.slots.get(layer)
-        if slot is None:
+        if slot is None or not self.rows:
             return
         flat = states.reshape(-1, states.shape[-1])
         if self._index.device != flat.device:

@@ -12,12 +12,14 @@ Pooling = Literal["last", "mean", "max", "first", "none"]
 Truncation = Literal["error", "left", "right"]
 Template = Literal["none", "chat"]
 OutputDtype = Literal["float32", "float16", "bfloat16"]
+Match = Literal["exact", "normalised"]
 
 _CHOICES: dict[str, tuple[str, ...]] = {
     "pooling": ("last", "mean", "max", "first", "none"),
     "truncation": ("error", "left", "right"),
     "template": ("none", "chat"),
     "dtype": ("float32", "float16", "bfloat16"),
+    "match": ("exact", "normalised"),
 }
 
 
@@ -69,6 +71,16 @@ class ExtractionSpec:
     """Of the output."""
     batch_invariant: bool = True
     """False lets texts of an 8bit model share batches although their states then depend on each other."""
+    per_token: bool = False
+    """Note which part of its text each token is (`token_texts`)."""
+    score_choices: bool = False
+    """Score the choices of inputs that have some, and have the model answer those that have none."""
+    max_new_tokens: int = 32
+    """Bound of such an answer."""
+    match: Match = "normalised"
+    """How it is compared with the right one."""
+    stop: tuple[str, ...] = ()
+    """Texts that end it; it is cut before them."""
 
     @classmethod
     def from_wire(cls, wire: Mapping[str, Any]) -> ExtractionSpec:
@@ -87,6 +99,12 @@ class ExtractionSpec:
         max_length = wire.get("max_length")
         if max_length is not None and (not _is_int(max_length) or max_length < 1):
             raise _invalid("/max_length", "a whole number of tokens, at least 1")
+        new_tokens = wire.get("max_new_tokens")
+        if new_tokens is not None and (not _is_int(new_tokens) or new_tokens < 1):
+            raise _invalid("/max_new_tokens", "a whole number of tokens, at least 1")
+        stop = wire.get("stop") or ()
+        if isinstance(stop, str) or not all(isinstance(one, str) and one for one in stop):
+            raise _invalid("/stop", "a list of texts, none of them empty")
         positions = Positions.from_wire(wire.get("positions"))
         pooling = wire.get("pooling") or "last"
         if positions is not None and positions.tokens is not None and pooling != "none":
@@ -105,6 +123,11 @@ class ExtractionSpec:
             truncation=given("truncation", "error"),
             dtype=given("dtype", "float32"),
             batch_invariant=bool(given("batch_invariant", True)),
+            per_token=bool(given("per_token", False)),
+            score_choices=bool(given("score_choices", False)),
+            max_new_tokens=given("max_new_tokens", 32),
+            match=given("match", "normalised"),
+            stop=tuple(stop),
         )
 
     def resolve_layers(self, num_layers: int) -> list[int]:

@@ -49,6 +49,35 @@ class TextEncoder:
             rows = [np.array(one, dtype=np.int32) for one in lists["input_ids"]]
         return [self._once(row) for row in rows] if special else rows
 
+    def encode_with_ends(self, texts: Sequence[str], *, special: bool) -> list[tuple[Ids, NDArray[np.int64]]]:
+        """Of each text its token ids, and behind which character each token ends (0 for added special tokens).
+
+        Raises errors.InvalidRequest for a tokenizer that does not tell.
+        """
+        if self._fast is None:
+            raise errors.InvalidRequest(
+                "the model's tokenizer does not say where its tokens lie",
+                errors=[{"pointer": "/score_choices", "detail": "choices are scored with a fast tokenizer only"}],
+            )
+        rows = []
+        for one in self._fast.encode_batch(list(texts), add_special_tokens=special):
+            ids = np.array(one.ids, dtype=np.int32)
+            ends = np.array([end for _, end in one.offsets], dtype=np.int64)
+            kept = self._single(ids) if special else slice(None)
+            rows.append((ids[kept], ends[kept]))
+        return rows
+
+    def spans(self, text: str, *, special: bool) -> NDArray[np.int64] | None:
+        """Where each token begins and ends in the text, (tokens, 2), [-1, -1] for one that is added; null for a
+        tokenizer that does not tell."""
+        if self._fast is None:
+            return None
+        found = self._fast.encode(text, add_special_tokens=special)
+        spans = np.array(found.offsets, dtype=np.int64).reshape(-1, 2)
+        # Which sequence a token is of; those that are added are of none.
+        spans[np.array([one is None for one in found.sequence_ids], dtype=bool)] = -1
+        return spans[self._single(np.array(found.ids, dtype=np.int32))] if special else spans
+
     def truncate(self, ids: Ids, length: int, side: str, *, special: bool) -> Ids:
         """`length` tokens: content dropped from the `left` or the `right`, added special tokens kept."""
         prefix, suffix = (len(self.prefix), len(self.suffix)) if special else (0, 0)
@@ -74,17 +103,20 @@ class TextEncoder:
 
     def _once(self, ids: Ids) -> Ids:
         """Drop an added special token next to the same one from the text: `<s><s>Once` is `<s>Once`."""
+        return ids[self._single(ids)]
+
+    def _single(self, ids: Ids) -> slice:
         start, end = 0, len(ids)
         many = len(self.prefix) + len(self.suffix)
         if self.prefix and end > many and ids[len(self.prefix)] == self.prefix[-1]:
             start = 1
         if self.suffix and end - start > many and ids[end - len(self.suffix) - 1] == self.suffix[0]:
             end -= 1
-        return ids[start:end]
+        return slice(start, end)
 
 
 @dataclass(slots=True)
-class _Prepared:
+class Prepared:
     """An input on its way: a text to encode, or ids."""
 
     index: int
@@ -115,11 +147,18 @@ class InputReader:
         Faulty inputs are noted in `faults` and give no tokens; past `MAX_FAULTS` they are raised. Raises
         errors.InvalidRequest where the model cannot take this kind of input at all.
         """
-        prepared = [self._prepare(first + place, item) for place, item in enumerate(inputs)]
+        return self.encode(self.prepare(first, inputs))
+
+    def prepare(self, first: int, inputs: Sequence[Any]) -> list[Prepared]:
+        """The text of each input, rendered where it goes through the chat template; see `read`."""
+        return [self._prepare(first + place, item) for place, item in enumerate(inputs)]
+
+    def encode(self, prepared: Sequence[Prepared]) -> list[Ids]:
+        """Token ids of prepared inputs; see `read`."""
         for special in (True, False):
             texts = [one for one in prepared if one.text is not None and one.special is special]
             if texts:
-                encoded = self._text_encoder().encode([one.text or "" for one in texts], special=special)
+                encoded = self.encoder.encode([one.text or "" for one in texts], special=special)
                 for one, ids in zip(texts, encoded, strict=True):
                     one.ids = ids
         rows = [self._finish(one) for one in prepared]
@@ -130,30 +169,32 @@ class InputReader:
     def raise_faults(self) -> None:
         """Raise errors.InvalidInput when there were faulty inputs."""
         if self.faults:
-            faults = sorted(self.faults, key=lambda fault: int(fault["pointer"].rpartition("/")[2]))[:MAX_FAULTS]
+            faults = sorted(self.faults, key=lambda fault: int(fault["pointer"].split("/")[2]))[:MAX_FAULTS]
             what = "an input cannot be used" if len(faults) == 1 else f"{len(faults)} inputs cannot be used"
             raise errors.InvalidInput(what, errors=faults)
 
-    def fault(self, index: int, detail: str) -> None:
-        """Note what is wrong with an input."""
-        self.faults.append({"pointer": f"/inputs/{index}", "detail": detail})
+    def fault(self, index: int, detail: str, *, within: str = "") -> None:
+        """Note what is wrong with an input, or with what the pointer `within` it names."""
+        self.faults.append({"pointer": f"/inputs/{index}{within}", "detail": detail})
 
-    def _prepare(self, index: int, item: Any) -> _Prepared:
+    def _prepare(self, index: int, item: Any) -> Prepared:
+        if isinstance(item, dict) and isinstance(item.get("prompt"), str):
+            item = item["prompt"]
         if isinstance(item, str):
             if self._spec.template == "none":
-                return _Prepared(index, text=item)
+                return Prepared(index, text=item)
             return self._render(index, [{"role": "user", "content": item}])
         if isinstance(item, dict) and isinstance(item.get("messages"), list):
             return self._render(index, item["messages"])
         if isinstance(item, dict) and isinstance(item.get("token_ids"), list):
-            return _Prepared(index, ids=self._given_ids(index, item["token_ids"]), special=False)
-        self.fault(index, 'an input is a string, {"messages": [...]} or {"token_ids": [...]}')
-        return _Prepared(index)
+            return Prepared(index, ids=self._given_ids(index, item["token_ids"]), special=False)
+        self.fault(index, 'an input is a string, {"messages": [...]}, {"token_ids": [...]} or {"prompt": ...}')
+        return Prepared(index)
 
-    def _render(self, index: int, messages: list[Any]) -> _Prepared:
+    def _render(self, index: int, messages: list[Any]) -> Prepared:
         if not messages or not all(isinstance(one, dict) and isinstance(one.get("role"), str) for one in messages):
             self.fault(index, "messages are objects with role and content, at least one")
-            return _Prepared(index)
+            return Prepared(index)
         try:
             text = self._renderer.render(
                 self._template(),
@@ -166,8 +207,8 @@ class InputReader:
             self.fault(index, str(fault))
             if fault.bounds:
                 self.raise_faults()
-            return _Prepared(index)
-        return _Prepared(index, text=text, special=False)
+            return Prepared(index)
+        return Prepared(index, text=text, special=False)
 
     def _given_ids(self, index: int, given: list[Any]) -> Ids | None:
         vocab_size = self._resident.facts.vocab_size
@@ -180,7 +221,7 @@ class InputReader:
             return None
         return np.array(given, dtype=np.int32)
 
-    def _finish(self, one: _Prepared) -> Ids:
+    def _finish(self, one: Prepared) -> Ids:
         ids = one.ids
         nothing = np.zeros(0, dtype=np.int32)
         if ids is None:
@@ -206,6 +247,18 @@ class InputReader:
             ids, self.max_length, self._spec.truncation, special=one.special and one.text is not None
         )
 
+    @property
+    def tokenizer(self) -> Any:
+        """The model's tokenizer as it was loaded, null where it has none."""
+        return self._resident.tokenizer
+
+    def kept(self, tokens: int, *, special: bool) -> Ids:
+        """Which of a text's tokens truncation leaves."""
+        places = np.arange(tokens, dtype=np.int32)
+        if self.max_length is None or tokens <= self.max_length:
+            return places
+        return self.encoder.truncate(places, self.max_length, self._spec.truncation, special=special)
+
     def _template(self) -> str:
         template = self._resident.chat_template
         if template is None:
@@ -220,7 +273,9 @@ class InputReader:
             )
         return template
 
-    def _text_encoder(self) -> TextEncoder:
+    @property
+    def encoder(self) -> TextEncoder:
+        """The model's tokenizer. Raises errors.InvalidRequest where it has none."""
         if self._encoder is None:
             raise errors.InvalidRequest(
                 f"{self._resident.spec.name} has no tokenizer",

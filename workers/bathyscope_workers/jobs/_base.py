@@ -108,7 +108,7 @@ class JobWork:
         blob = resource.blobs[role]
         path = self.plane.store.local_path(blob.key)
         if path is None:
-            path = self.scratch / role
+            path = self.scratch / f"{resource.id}.{role}"
             await self.plane.store.download(blob.key, path)
         return str(path)
 

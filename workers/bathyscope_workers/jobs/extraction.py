@@ -104,11 +104,18 @@ class ExtractionJob:
             "bytes": blob.bytes,
             "sha256": blob.sha256,
             "tokens": result["tokens"],
+            "scored": None,
             "cache_hits": 0,
             "versions": provenance["versions"],
             "metadata": work.spec.get("metadata"),
             "links": {"self": link, "hidden_states": f"{link}/hidden_states", "job": f"/v1/jobs/{work.lease.job_id}"},
         }
+        blobs = {"states": blob}
+        if (choices := result.get("choices")) is not None:
+            blobs["choices"] = await work.keep(Path(choices["choices_path"]), ".choices.jsonl")
+            blobs["choices_index"] = await work.keep(Path(choices["choices_index_path"]), ".choices.index")
+            body["scored"] = choices["scored"] if paired else choices["scored"][0]
+            body["links"]["choices"] = f"{link}/choices"
         layout = {
             name: {
                 "dtype": _SAFETENSORS_DTYPES[place["dtype"]],
@@ -125,7 +132,7 @@ class ExtractionJob:
         }
         return work.resource(
             body,
-            blobs={"states": blob},
+            blobs=blobs,
             private={"layout": layout, "options": options, "metadata": _texts(provenance)},
         )
 

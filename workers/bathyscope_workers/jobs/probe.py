@@ -17,10 +17,13 @@ _CONFIG = (
     "estimator",
     "C",
     "standardize",
+    "covariance",
     "folds",
+    "near_duplicates",
     "calibration",
     "bootstrap",
     "baselines",
+    "selectivity",
     "target_fpr",
     "seed",
 )
@@ -47,8 +50,17 @@ class ProbeJob:
             "layers": work.spec["layers"],
             "identity": identity,
             "rows_path": str(rows_path),
-            "config": {name: work.spec[name] for name in _CONFIG},
+            "config": {name: work.spec[name] for name in _CONFIG if name in work.spec},
+            "split": work.spec.get("split"),
         }
+        if work.spec.get("labels") == "correct" or "model_confidence" in work.spec["baselines"]:
+            inputs = extraction.body["inputs"]
+            first = (work.spec.get("variant") or 0) * inputs
+            spec |= {
+                "labels": work.spec.get("labels"),
+                "choices_path": await work.blob_path(extraction, "choices"),
+                "choices_lines": [first, first + inputs],
+            }
         return [work.run_command(spec=spec)]
 
     async def conclude(self, work: JobWork, event: dict[str, Any]) -> Resource:
@@ -66,7 +78,7 @@ class ProbeJob:
             "classes": report["classes"],
             "layer": report["best_layer"],
             "identity": variant_of(extraction, work.spec.get("variant"))[1],
-            "report": {"selectivity": None, **report},
+            "report": report,
             "metadata": work.spec.get("metadata"),
             "links": {
                 "self": link,

@@ -8,6 +8,7 @@ from typing import Any
 
 from bathyscope_workers.adapters.attached import Adapters
 from bathyscope_workers.models.forward import Forward, Style
+from bathyscope_workers.models.head import Head
 from bathyscope_workers.models.selftest import SelfTest
 from bathyscope_workers.models.spec import ModelSpec
 
@@ -92,6 +93,26 @@ class Resident:
             vocab_size=self.facts.vocab_size,
             compute_dtype=self.facts.compute_dtype,
         )
+
+    @cached_property
+    def head(self) -> Head:
+        """States to logits. Raises `errors.InvalidRequest` for a model that gives no probabilities."""
+        return Head(
+            self.model,
+            self.forward,
+            name=self.spec.name,
+            compute_dtype=self.facts.compute_dtype,
+            vocab_size=self.facts.vocab_size,
+        )
+
+    @cached_property
+    def end_tokens(self) -> frozenset[int]:
+        """Token ids that end an answer, by the checkpoint's generation config, else by its tokenizer."""
+        config = getattr(self.model, "generation_config", None)
+        named = getattr(config, "eos_token_id", None)
+        if named is None:
+            named = getattr(self.tokenizer, "eos_token_id", None)
+        return frozenset(named if isinstance(named, list) else [] if named is None else [named])
 
     @property
     def memory_bytes(self) -> int:

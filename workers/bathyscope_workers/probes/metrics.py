@@ -15,7 +15,7 @@ Binary probabilities are those of the second class; multi-class calibration is t
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,7 +90,7 @@ class Ranking:
         positives, negatives = self._tallies(weights)
         concordant = np.sum(positives * (self._below(negatives) + negatives / 2), axis=1)
         pairs = np.sum(self._totals(positives) * self._totals(negatives), axis=1)
-        return _ratio(concordant, pairs)
+        return ratio(concordant, pairs)
 
     def average_precision(self, weights: Floats) -> Floats:
         """Mean over positives of the precision at their score."""
@@ -99,7 +99,7 @@ class Ranking:
         above_n = self._totals(negatives)[:, self._stratum_of_tie] - self._below(negatives)
         taken = above_p + above_n
         precision = np.divide(above_p, taken, out=np.zeros_like(taken), where=taken > 0)
-        return _ratio(np.sum(positives * precision, axis=1), np.sum(positives, axis=1))
+        return ratio(np.sum(positives * precision, axis=1), np.sum(positives, axis=1))
 
     def recall_at_fpr(self, weights: Floats, target: float) -> Floats:
         """Highest recall of a threshold whose false-positive rate is at most `target`; strata are not told apart."""
@@ -108,16 +108,12 @@ class Ranking:
         taken_n = np.cumsum(negatives[:, ::-1], axis=1)
         allowed = taken_n <= target * taken_n[:, -1:] * (1 + 1e-12)
         best = np.max(np.where(allowed, taken_p, 0.0), axis=1)
-        return np.where(taken_n[:, -1] > 0, _ratio(best, taken_p[:, -1]), np.nan)
+        return np.where(taken_n[:, -1] > 0, ratio(best, taken_p[:, -1]), np.nan)
 
-    def threshold_at_fpr(self, target: float) -> tuple[float | None, float]:
-        """(lowest score to call positive, its false-positive rate); None when every score has too high a rate."""
-        _, negatives = self._tallies(np.ones((1, len(self.order))))
-        rates = np.cumsum(negatives[0, ::-1]) / max(float(negatives.sum()), 1.0)
-        allowed = np.flatnonzero(rates <= target * (1 + 1e-12))
-        if len(allowed) == 0:
-            return None, 0.0
-        return float(self.thresholds[::-1][allowed[-1]]), float(rates[allowed[-1]])
+    def operating_points(self) -> tuple[Floats, Floats, Floats]:
+        """(score, true positives, false positives) of "positive from this score on", from the highest score down."""
+        positives, negatives = self._tallies(np.ones((1, len(self.order))))
+        return self.thresholds[::-1], np.cumsum(positives[0, ::-1]), np.cumsum(negatives[0, ::-1])
 
 
 def auroc(y: Codes, probabilities: Floats, strata: Codes | None = None) -> Statistic:
@@ -143,7 +139,7 @@ def balanced_accuracy(y: Codes, probabilities: Floats) -> Statistic:
     def statistic(weights: Floats) -> Floats:
         total = weights @ member
         recall = np.divide(weights @ (member * correct[:, None]), total, out=np.zeros_like(total), where=total > 0)
-        return _ratio(recall.sum(axis=1), np.sum(total > 0, axis=1).astype(np.float64))
+        return ratio(recall.sum(axis=1), np.sum(total > 0, axis=1).astype(np.float64))
 
     return statistic
 
@@ -168,11 +164,11 @@ def ece(y: Codes, probabilities: Floats, *, equal_mass: bool = False, bins: int 
     """
     confidence, outcome = top_label(y, probabilities)
     edges = bin_edges(confidence, equal_mass=equal_mass, bins=bins)
-    member = _membership(confidence, edges)
+    member = membership(confidence, edges)
     gap = member * (outcome - confidence)[:, None]
 
     def statistic(weights: Floats) -> Floats:
-        return _ratio(np.abs(weights @ gap).sum(axis=1), weights.sum(axis=1))
+        return ratio(np.abs(weights @ gap).sum(axis=1), weights.sum(axis=1))
 
     return statistic
 
@@ -200,7 +196,7 @@ def reliability(y: Codes, probabilities: Floats, *, equal_mass: bool = False, bi
     """The bins of a reliability diagram: `low`, `high`, `count`, mean `confidence` and observed `accuracy`."""
     confidence, outcome = top_label(y, probabilities)
     edges = bin_edges(confidence, equal_mass=equal_mass, bins=bins)
-    member = _membership(confidence, edges)
+    member = membership(confidence, edges)
     counts = member.sum(axis=0)
     rows = []
     for index, count in enumerate(counts):
@@ -223,6 +219,7 @@ def figure(
     *,
     biased: bool = False,
     spread: float = 1.0,
+    lowest: float = 0.0,
     highest: float = 1.0,
 ) -> Figure:
     """The value of a statistic on all rows, and its percentile interval over the resamples.
@@ -230,23 +227,36 @@ def figure(
     `biased` is for statistics that noise can only raise, such as the ECE: their resamples lie above the value by as
     much as the value lies above the truth, and a plain percentile interval may miss the value itself. Their interval
     is moved by the mean difference. `spread` multiplies the distances from the value to the interval's ends (see
-    `cross_validation_spread`). The ends are cut at 0 and at `highest`.
+    `cross_validation_spread`). The ends are cut at `lowest` and at `highest`.
     """
     value = float(statistic(np.ones((1, rows)))[0])
+    if resamples is None or resamples.count == 0 or not np.isfinite(value):
+        return with_interval(value, None)
+    draws = np.concatenate([statistic(weights) for weights in resamples.chunks()])
+    return with_interval(value, draws, biased=biased, spread=spread, lowest=lowest, highest=highest)
+
+
+def with_interval(
+    value: float,
+    draws: Floats | None,
+    *,
+    biased: bool = False,
+    spread: float = 1.0,
+    lowest: float = 0.0,
+    highest: float = 1.0,
+) -> Figure:
+    """A value and the interval of its resampled `draws`; see `figure`."""
     if not np.isfinite(value):
         return Figure(None)
-    if resamples is None or resamples.count == 0:
+    drawn = np.zeros(0) if draws is None else draws[np.isfinite(draws)]
+    if len(drawn) == 0:
         return Figure(value)
-    draws = np.concatenate([statistic(weights) for weights in resamples.chunks()])
-    draws = draws[np.isfinite(draws)]
-    if len(draws) == 0:
-        return Figure(value)
-    low, high = np.percentile(draws, [50 - _LEVEL / 2, 50 + _LEVEL / 2])
+    low, high = np.percentile(drawn, [50 - _LEVEL / 2, 50 + _LEVEL / 2])
     if biased:
-        shift = float(draws.mean()) - value
+        shift = float(drawn.mean()) - value
         low, high = min(low - shift, value), max(high - shift, value)
     low, high = value + spread * (low - value), value + spread * (high - value)
-    return Figure(value, max(float(low), 0.0), min(float(high), highest))
+    return Figure(value, max(float(low), lowest), min(float(high), highest))
 
 
 def cross_validation_spread(folds: int) -> float:
@@ -269,10 +279,12 @@ def score(
     resamples: Resamples | None = None,
     target_fpr: float | None = None,
     spread: float = 1.0,
+    only: Collection[str] | None = None,
 ) -> dict[str, Figure]:
     """Every metric of predictions `probabilities` (rows, classes) of codes `y` (rows,), by its name in the API.
 
-    `recall_at_fpr` is there for binary predictions when `target_fpr` is given. See `figure` for `spread`.
+    `recall_at_fpr` is there for binary predictions when `target_fpr` is given. See `figure` for `spread`. `only` names
+    the metrics wanted; None is all.
     """
     statistics: dict[str, Statistic] = {
         "auroc": auroc(y, probabilities, strata),
@@ -297,6 +309,7 @@ def score(
             highest=_HIGHEST.get(name, 1.0),
         )
         for name, statistic in statistics.items()
+        if only is None or name in only
     }
 
 
@@ -318,18 +331,19 @@ def _mean(values: NDArray[Any]) -> Statistic:
     column = values.astype(np.float64)
 
     def statistic(weights: Floats) -> Floats:
-        return _ratio(weights @ column, weights.sum(axis=1))
+        return ratio(weights @ column, weights.sum(axis=1))
 
     return statistic
 
 
-def _membership(confidence: Floats, edges: Floats) -> Floats:
-    """One-hot bins, (rows, bins)."""
+def membership(confidence: Floats, edges: Floats) -> Floats:
+    """Which bin each row is in, one-hot, (rows, bins)."""
     index = np.searchsorted(edges[1:-1], confidence)
     member: Floats = (index[:, None] == np.arange(len(edges) - 1)).astype(np.float64)
     return member
 
 
-def _ratio(top: Floats, bottom: Floats) -> Floats:
+def ratio(top: Floats, bottom: Floats) -> Floats:
+    """top / bottom, nan where bottom is not above 0."""
     result: Floats = np.divide(top, bottom, out=np.full_like(top, np.nan), where=bottom > 0)
     return result

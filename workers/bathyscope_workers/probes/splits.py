@@ -1,11 +1,17 @@
 """Who is tested with whom: folds in which no group and no duplicate sits on both sides.
 
-Rows are first tied into *clusters*: rows of one group, and rows whose inputs are exactly the same, transitively.
-A cluster goes to one fold as a whole. Clusters are dealt out in a seeded random order, large ones first, each to
-the fold that has least of its classes so far (greedy minimisation of sum over folds and classes of the squared
-share of the class that the fold holds); ties go to the fold with fewer rows. With clusters of one row this is
-plain stratification. Where the greedy order leaves a fold without a class, other orders are tried before the
-request is refused.
+Rows are first tied into *clusters*, transitively: rows of one group, rows whose inputs are the same, and rows whose
+inputs are nearly the same (`near_duplicates`). A cluster goes to one fold as a whole, whatever the kind of split:
+
+- `stratified` and `grouped`: clusters are dealt out in a seeded random order, large ones first, each to the fold that
+  has least of its classes so far (greedy minimisation of sum over folds and classes of the squared share of the class
+  that the fold holds); ties go to the fold with fewer rows. With clusters of one row this is plain stratification.
+  The values of a regression are cut into quantiles and dealt like classes. `grouped` is what this is called when groups
+  are given; asked for by name, it insists on them.
+- `random`: in a seeded random order, each to the fold with fewest rows; the classes fall as they fall.
+- given: the caller's own.
+
+Where an order leaves a fold without a class, others are tried before the request is refused.
 """
 
 from __future__ import annotations
@@ -21,12 +27,24 @@ from numpy.typing import NDArray
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
+from bathyscope_workers.probes.near_duplicates import NearDuplicates
 from bathyscope_workers.probes.targets import Targets, encode_groups, first_seen_codes, refused
 
 _ORDERS = 32
 """Random orders tried before folds are said to be impossible."""
 
-Kind = Literal["given", "stratified", "grouped"]
+_QUANTILES = 10
+"""Parts at most into which the values of a regression are cut, to be dealt evenly."""
+
+MAX_FOLDS = 50
+"""Folds of a split of the caller's own."""
+
+MIN_TRAINING_ROWS = 3
+"""Of a regression's training side: fewer fix no line."""
+
+Kind = Literal["given", "random", "stratified", "grouped"]
+KINDS = ("random", "stratified", "grouped")
+"""Splits that are asked for by name."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +52,7 @@ class Folds:
     """Which rows are held out together."""
 
     kind: Kind
-    """`given` by the caller, `stratified` row by row, or `grouped` cluster by cluster."""
+    """How they came about."""
 
     assignment: NDArray[np.int64]
     """The fold of each row; -1 for a row that is only ever trained on (a given split's `train`)."""
@@ -88,29 +106,33 @@ def make_folds(
     *,
     folds: int = 5,
     groups: Sequence[Any] | None = None,
-    split: Sequence[Any] | None = None,
+    split: Sequence[Any] | str | None = None,
     keys: Sequence[Hashable] | None = None,
+    near: NearDuplicates | None = None,
     seed: int = 0,
 ) -> Folds:
     """Folds for the rows of `targets`.
 
-    `groups` and `keys` (see `input_keys`) name what must stay together, one a row. `split` is the caller's own:
-    for each row `train` or `test`, or the number of its fold (`train` rows are then trained on in every fold).
+    `groups`, `keys` (see `input_keys`) and `near` name what must stay together, one a row. `split` is `random`,
+    `stratified` or `grouped`, or the caller's own: for each row `train` or `test`, or the number of its fold (`train`
+    rows are then trained on in every fold). None is `grouped` with groups, else `stratified`.
     Raises `InvalidRequest` pointing at `/labels`, `/groups`, `/folds` or `/split`.
     """
     rows = len(targets.codes)
     group_codes = np.arange(rows) if groups is None else encode_groups(groups, rows)
-    clusters, notes = _tie(targets, group_codes, keys)
-    if split is not None:
+    clusters, notes = _tie(targets, group_codes, keys, near)
+    if split is not None and not isinstance(split, str):
         return _given(targets, group_codes, clusters, split, seed, tuple(notes))
+    kind = _kind(split, groups is not None)
     if not 2 <= folds <= rows:
         raise refused("/folds", f"folds is between 2 and the number of rows ({rows}); it is {folds}")
     pointer = "/labels" if groups is None else "/groups"
     _check_possible(targets, clusters, folds, pointer)
+    strata = _strata(targets, folds)
     for attempt in range(_ORDERS):
         rng = np.random.default_rng([seed, attempt])
-        assignment = _deal(targets.codes, clusters, len(targets.classes), folds, rng)
-        if _class_counts(targets, assignment, folds).min() > 0:
+        assignment = _deal(strata, clusters, folds, rng, evenly=kind != "random")
+        if _usable(targets, assignment, folds, held_out=kind != "random"):
             break
     else:
         raise refused(
@@ -118,7 +140,6 @@ def make_folds(
             f"no way was found to give each of {folds} folds rows of every class; ask for fewer folds, or give "
             "more and smaller groups",
         )
-    kind: Kind = "stratified" if clusters.max() + 1 == rows else "grouped"
     return Folds(kind, assignment, clusters, folds, seed, tuple(notes))
 
 
@@ -126,50 +147,81 @@ def inner_folds(targets: Targets, outer: Folds, train: NDArray[np.int64], fold: 
     """Folds of the training rows alone, by which a layer and a penalty are chosen for one outer fold.
 
     Indices of the result count within `train`. As many folds as there are clusters of the rarest class, at most
-    `folds`. Raises `InvalidRequest` where not even two are possible.
+    `folds`, dealt evenly. Raises `InvalidRequest` where not even two are possible.
     """
-    codes = targets.codes[train]
+    part = targets.of(train)
     clusters = first_seen_codes(outer.clusters[train].tolist())
-    part = Targets(targets.task, targets.classes, codes)
-    per_class = min(len(np.unique(clusters[codes == k])) for k in range(len(targets.classes)))
+    per_class = min(len(np.unique(clusters[part.codes == code])) for code in range(max(len(targets.classes), 1)))
     for count in range(min(folds, per_class), 1, -1):
+        strata = _strata(part, count)
         for attempt in range(_ORDERS):
             rng = np.random.default_rng([outer.seed, 1 + fold, count, attempt])
-            assignment = _deal(codes, clusters, len(targets.classes), count, rng)
-            if _class_counts(part, assignment, count).min() > 0:
+            assignment = _deal(strata, clusters, count, rng)
+            if _usable(part, assignment, count):
                 return Folds("grouped", assignment, clusters, count, outer.seed)
     raise refused(
         "/folds",
-        "the training rows of a fold cannot be split again, which is how a layer and a penalty are chosen without "
-        "the held-out rows: give more rows or groups of the rarest class, or ask for one layer and one C",
+        "the training rows of a fold cannot be split again, which is how a layer, a penalty and a calibrator are "
+        "chosen without the held-out rows: give more rows or groups of the rarest class, or ask for one layer, one C "
+        "and no calibration",
     )
 
 
+def _kind(asked: str | None, grouped: bool) -> Kind:
+    if asked is None:
+        return "grouped" if grouped else "stratified"
+    if asked not in KINDS:
+        raise refused("/split", f"a split is {', '.join(KINDS)}, or one entry a row; it is {asked!r}")
+    if asked == "grouped" and not grouped:
+        raise refused("/split", "a grouped split needs groups: name one a row, or ask for stratified")
+    return asked  # type: ignore[return-value]
+
+
 def _tie(
-    targets: Targets, groups: NDArray[np.int64], keys: Sequence[Hashable] | None
+    targets: Targets, groups: NDArray[np.int64], keys: Sequence[Hashable] | None, near: NearDuplicates | None
 ) -> tuple[NDArray[np.int64], list[str]]:
-    """Clusters: connected components of "same group" and "same input"."""
-    if keys is None:
-        return first_seen_codes(groups.tolist()), []
+    """Clusters: connected components of "same group", "same input" and "nearly the same input"."""
     rows = len(groups)
-    if len(keys) != rows:
-        raise ValueError(f"{len(keys)} keys for {rows} rows")
-    inputs = first_seen_codes(keys)
-    n_groups, n_inputs = int(groups.max()) + 1, int(inputs.max()) + 1
-    if n_inputs == rows:
-        return first_seen_codes(groups.tolist()), []
-    size = n_groups + n_inputs
-    edges = coo_array((np.ones(rows), (groups, n_groups + inputs)), shape=(size, size))
+    joined, notes = first_seen_codes(groups.tolist()), []
+    if keys is not None:
+        if len(keys) != rows:
+            raise ValueError(f"{len(keys)} keys for {rows} rows")
+        inputs = first_seen_codes(keys)
+        distinct = int(inputs.max()) + 1
+        if distinct < rows:
+            joined = _join(joined, inputs)
+            notes.append(
+                f"{rows - distinct} of {rows} rows repeat the input of an earlier row exactly; repeats stay on one "
+                "side of every split."
+            )
+            conflicts = (
+                len({(int(a), a_label) for a, a_label in zip(inputs, targets.y.tolist(), strict=True)}) - distinct
+            )
+            if conflicts:
+                notes.append(f"Inputs that occur with more than one label: {conflicts}.")
+    if near is not None:
+        if len(near.clusters) != rows:
+            raise ValueError(f"near-duplicates of {len(near.clusters)} inputs for {rows} rows")
+        before = int(joined.max()) + 1
+        joined = _join(joined, near.clusters)
+        tied = before - int(joined.max()) - 1
+        if tied:
+            notes.append(
+                f"Inputs that are nearly the same tie {before} groups or inputs to {before - tied}, each of which "
+                "stays on one side of every split."
+            )
+        if not near.complete:
+            notes.append("So many inputs share phrases that not every pair was compared for being nearly the same.")
+    return joined, notes
+
+
+def _join(one: NDArray[np.int64], other: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The finest clusters of which those of both are parts."""
+    size = int(one.max()) + 1
+    whole = size + int(other.max()) + 1
+    edges = coo_array((np.ones(len(one)), (one, size + other)), shape=(whole, whole))
     _, component = connected_components(edges, directed=False)
-    notes = [
-        f"{rows - n_inputs} of {rows} rows repeat the input of an earlier row exactly; repeats stay on one side "
-        "of every split."
-    ]
-    labelled = {(int(a), int(b)) for a, b in zip(inputs, targets.codes, strict=True)}
-    conflicts = len(labelled) - n_inputs
-    if conflicts:
-        notes.append(f"Inputs that occur with more than one label: {conflicts}.")
-    return first_seen_codes(component[groups].tolist()), notes
+    return first_seen_codes(component[one].tolist())
 
 
 def _given(
@@ -188,6 +240,8 @@ def _given(
         if not number and name not in ("train", "test"):
             raise refused(f"/split/{row}", "an entry is train, test or the number of a fold")
     names = sorted({name for name in split if name != "train"}, key=lambda name: (str(type(name)), name))
+    if len(names) > MAX_FOLDS:
+        raise refused("/split", f"the split names {len(names)} folds; at most {MAX_FOLDS} are fitted")
     if not names or (len(names) == 1 and "train" not in split):
         raise refused("/split", "the split leaves no rows to train on or none to test on")
     index: dict[Any, int] = {name: fold for fold, name in enumerate(names)} | {"train": -1}
@@ -199,15 +253,17 @@ def _given(
         )
     for fold, name in enumerate(names):
         for side, mask in (("held-out", assignment == fold), ("training", assignment != fold)):
-            present = np.bincount(targets.codes[mask], minlength=len(targets.classes))
+            present = np.bincount(targets.codes[mask], minlength=max(len(targets.classes), 1))
             if present.min() == 0:
                 missing = targets.classes[int(present.argmin())]
                 raise refused("/split", f"the {side} rows of {name!r} have no row of class {missing!r}")
+            if targets.values is not None and side == "training" and not _fixes_a_line(targets.values[mask]):
+                raise refused("/split", f"the training rows of {name!r} have too few different values to learn from")
     torn = _torn(clusters, assignment)
     if len(torn):
         notes += (
-            f"The split given has {len(torn)} rows whose exact input is on the other side too: held-out figures are "
-            "too good.",
+            f"Leakage: the split given has {len(torn)} rows whose input, or one that is nearly the same, is on the "
+            "other side too: held-out figures are too good.",
         )
     return Folds("given", assignment, clusters, len(names), seed, notes)
 
@@ -223,34 +279,46 @@ def _torn(clusters: NDArray[np.int64], assignment: NDArray[np.int64]) -> NDArray
 
 def _check_possible(targets: Targets, clusters: NDArray[np.int64], folds: int, pointer: str) -> None:
     total = int(clusters.max()) + 1
+    what = "groups" if pointer == "/groups" else "different inputs"
+    tied = "" if total == len(clusters) else "; repeated and nearly equal inputs count once (see near_duplicates)"
     if total < folds:
-        what = "groups" if pointer == "/groups" else "different inputs"
-        raise refused(pointer, f"there are {total} {what} for {folds} folds; ask for at most {total} folds")
+        raise refused(pointer, f"there are {total} {what} for {folds} folds; ask for at most {total} folds{tied}")
     for code, label in enumerate(targets.classes):
         members = targets.codes == code
         held = len(np.unique(clusters[members]))
         if held < folds:
-            units = "groups" if pointer == "/groups" else "different inputs"
             fewer = f", or ask for at most {held} folds" if held > 1 else ""
             raise refused(
                 pointer,
-                f"class {label!r} has {int(members.sum())} rows in {held} {units}, so one of {folds} folds would have "
-                f"none of it; give more of that class{fewer}",
+                f"class {label!r} has {int(members.sum())} rows in {held} {what}, so one of {folds} folds would have "
+                f"none of it; give more of that class{fewer}{tied}",
             )
 
 
+def _strata(targets: Targets, folds: int) -> NDArray[np.int64]:
+    """What is dealt evenly: classes, or quantiles of a regression's values with a few rows a fold each."""
+    if targets.values is None:
+        return targets.codes
+    parts = int(np.clip(len(targets.values) // (2 * folds), 1, _QUANTILES))
+    ranks = np.empty(len(targets.values), dtype=np.int64)
+    ranks[np.argsort(targets.values, kind="stable")] = np.arange(len(ranks))
+    return ranks * parts // len(ranks)
+
+
 def _deal(
-    codes: NDArray[np.int64], clusters: NDArray[np.int64], classes: int, folds: int, rng: np.random.Generator
+    strata: NDArray[np.int64], clusters: NDArray[np.int64], folds: int, rng: np.random.Generator, *, evenly: bool = True
 ) -> NDArray[np.int64]:
-    """Deal clusters to folds; the fold of each row."""
+    """Deal clusters to folds; the fold of each row. Not `evenly` looks at the number of rows only."""
+    if not evenly:
+        strata = np.zeros_like(strata)
     total = int(clusters.max()) + 1
-    content = np.zeros((total, classes))
-    np.add.at(content, (clusters, codes), 1.0)
+    content = np.zeros((total, int(strata.max()) + 1))
+    np.add.at(content, (clusters, strata), 1.0)
     sizes = content.sum(axis=1)
     order = rng.permutation(total)
     order = order[np.argsort(-sizes[order], kind="stable")]
     share = 1.0 / content.sum(axis=0) ** 2
-    held = np.zeros((folds, classes))
+    held = np.zeros((folds, content.shape[1]))
     rows = np.zeros(folds)
     fold_of = np.empty(total, dtype=np.int64)
     for cluster in order:
@@ -264,7 +332,17 @@ def _deal(
     return fold_of[clusters]
 
 
-def _class_counts(targets: Targets, assignment: NDArray[np.int64], folds: int) -> NDArray[np.int64]:
+def _usable(targets: Targets, assignment: NDArray[np.int64], folds: int, *, held_out: bool = True) -> bool:
+    """Whether every training side can be learned from, and (`held_out`) every fold has each class."""
+    if targets.values is not None:
+        sizes = np.bincount(assignment, minlength=folds)
+        return bool(sizes.min() > 0) and all(_fixes_a_line(targets.values[assignment != fold]) for fold in range(folds))
     counts = np.zeros((folds, len(targets.classes)), dtype=np.int64)
     np.add.at(counts, (assignment, targets.codes), 1)
-    return counts
+    if held_out:
+        return bool(counts.min() > 0)
+    return bool((counts.sum(axis=0) - counts).min() > 0 and counts.sum(axis=1).min() > 0)
+
+
+def _fixes_a_line(values: NDArray[np.float64]) -> bool:
+    return len(values) >= MIN_TRAINING_ROWS and values.min() < values.max()

@@ -2,9 +2,9 @@
 
 For every layer and every outer fold the estimator is fitted on the training rows and predicts the rows held out.
 That gives the curve over layers. Choosing the best point of that curve on the rows that drew it flatters the
-choice, so a second set of folds, inside each training side, chooses the layer (highest AUROC) and the penalty
-(lowest negative log-likelihood) without the held-out rows; `held_out` scores the outer fold with that choice. The
-outer fits are shared by both, so honesty costs the inner fits only.
+choice, so a second set of folds, inside each training side, chooses the layer (highest AUROC, or R2) and the penalty
+(lowest negative log-likelihood, or squared error) and fits the calibrator without the held-out rows; `held_out` scores
+the outer fold with that choice. The outer fits are shared by both, so honesty costs the inner fits only.
 
 Layers are fitted by a few threads, each with single-threaded linear algebra: matrices this small gain nothing from
 more, and a layer's numbers then do not depend on how many processors there are.
@@ -12,6 +12,7 @@ more, and a layer's numbers then do not depend on how many processors there are.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import threading
 import warnings
@@ -26,61 +27,39 @@ from scipy.linalg import LinAlgWarning
 from sklearn.exceptions import ConvergenceWarning
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
-from bathyscope.errors import FieldError, InvalidRequest, JobCancelled, NotBuilt
+from bathyscope._probe_file import thresholds_of
+from bathyscope.errors import JobCancelled
 from bathyscope_workers.probes import baselines as rivals
-from bathyscope_workers.probes.crossval import LayerResult, Plan, best_layer, choose_layers, fit_layer, layer_states
-from bathyscope_workers.probes.estimators import Estimator, LinearFit, make_estimator
-from bathyscope_workers.probes.estimators._base import Codes, Floats
-from bathyscope_workers.probes.metrics import Ranking, reliability
+from bathyscope_workers.probes.calibration import Calibrator, check_calibration, fit_calibrator
+from bathyscope_workers.probes.config import SweepConfig, check_estimator, check_numbers
+from bathyscope_workers.probes.crossval import (
+    LayerResult,
+    Plan,
+    best_layer,
+    choose_layers,
+    fit_layer,
+    inner_scores,
+    out_of_fold,
+)
+from bathyscope_workers.probes.estimators import Estimator, Fit, make_estimator
+from bathyscope_workers.probes.estimators._base import Floats
 from bathyscope_workers.probes.model import FittedProbe
-from bathyscope_workers.probes.report import Report, Scores, protocol_text, warnings_for
+from bathyscope_workers.probes.near_duplicates import near_duplicates
+from bathyscope_workers.probes.report import Report, Scores
 from bathyscope_workers.probes.resampling import Resamples
-from bathyscope_workers.probes.splits import Folds, inner_folds, make_folds
-from bathyscope_workers.probes.targets import Targets, encode_labels
+from bathyscope_workers.probes.selectivity import selectivity
+from bathyscope_workers.probes.splits import Folds, inner_folds, input_keys, make_folds
+from bathyscope_workers.probes.summary import Findings, estimator_settings, write_report
+from bathyscope_workers.probes.targets import Targets, encode_labels, refused
 
 ProgressCallback = Callable[[str, int, int, str], None]
 """Called with (stage, done, total, unit), always from the thread that called `sweep`."""
 
 INNER_FOLDS = 3
+CALIBRATION_FOLDS = 5
+"""Inner folds where a calibrator learns from them: their probes then see nearly the rows that the calibrated one sees,
+and a probe is the surer of itself the fewer rows it has."""
 _POLL_SECONDS = 0.1
-
-
-@dataclass(frozen=True)
-class SweepConfig:
-    """What a request may set, in the API's words."""
-
-    task: str = "auto"
-    """`auto`, `binary`, `multiclass` (`regression` is not offered yet)."""
-
-    estimator: str = "logistic"
-    """Name of the estimator."""
-
-    C: Sequence[float] | None = None
-    """Inverse strengths of the L2 penalty; of several the best is chosen inside training rows. None is [0.01]."""
-
-    standardize: bool = True
-    """Divide features by their deviation over the training rows."""
-
-    folds: int = 5
-    """Outer folds; ignored with a given split."""
-
-    calibration: str = "none"
-    """`none` (others are not offered yet)."""
-
-    bootstrap: int = 1000
-    """Resamples behind each interval; 0 for none."""
-
-    baselines: Sequence[str] = ()
-    """`length`, `shuffled_labels`."""
-
-    target_fpr: float = 0.01
-    """False-positive rate at which recall and a threshold are given."""
-
-    seed: int = 0
-    """Of folds, resamples and shuffles."""
-
-    threads: int | None = None
-    """Layers fitted at a time; None is the processors this process may use. Has no influence on the numbers."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +79,7 @@ class SweepResult:
     """The rows that were scored, ascending."""
 
     held_out_probabilities: Floats
-    """The predictions behind `report.held_out`, (held-out rows, classes)."""
+    """The predictions behind `report.held_out`: (held-out rows, classes), or values (held-out rows,)."""
 
 
 def sweep(
@@ -109,31 +88,53 @@ def sweep(
     labels: Sequence[Any],
     *,
     groups: Sequence[Any] | None = None,
-    split: Sequence[Any] | None = None,
+    split: Sequence[Any] | str | None = None,
     lengths: Sequence[int] | None = None,
     input_keys: Sequence[Hashable] | None = None,
+    token_ids: NDArray[Any] | None = None,
+    offsets: NDArray[Any] | None = None,
+    state_offsets: NDArray[Any] | None = None,
+    confidence: NDArray[Any] | None = None,
     config: SweepConfig | None = None,
     progress: ProgressCallback | None = None,
     cancelled: Callable[[], bool] | None = None,
 ) -> SweepResult:
     """Train and evaluate one probe a layer on `states` (rows, layers, hidden), any float dtype, memory-mapped or not.
 
-    `layer_numbers` names the layers axis. One a row: `labels`; `groups` and `input_keys` (see `splits.input_keys`)
-    for what must stay on one side; `split` for folds of the caller's own; `lengths`, tokens, for that baseline.
-    The same arguments give the same numbers. `cancelled` is asked several times a second.
+    For an estimator that reads tokens `states` are (tokens, layers, hidden) and `state_offsets` (rows + 1,) says where
+    each row's begin. `layer_numbers` names the layers axis. One a row: `labels`; `groups` for what must stay on one
+    side; `split` for folds of the caller's own (or the name of a kind of split, see `splits.make_folds`); `confidence`,
+    the model's own probability of being right. `token_ids` (tokens,) and `offsets` (rows + 1,) are of the whole inputs:
+    repeats, near-duplicates and the baselines need them; `lengths` and `input_keys` (see `splits.input_keys`) stand in
+    for the first and last. The same arguments give the same numbers. `cancelled` is asked several times a second.
 
-    Raises `InvalidRequest` and `InvalidInput` with pointers into the request, `NotBuilt` for what this version
-    lacks, `JobCancelled` when `cancelled` says so.
+    Raises `InvalidRequest` and `InvalidInput` with pointers into the request, `JobCancelled` when `cancelled` says so.
     """
     config = config or SweepConfig()
+    inputs = _inputs(lengths, token_ids, offsets, confidence)
+    rows = len(states) if state_offsets is None else len(state_offsets) - 1
     if states.ndim != 3 or states.shape[1] != len(layer_numbers) or not len(layer_numbers):
         raise ValueError(f"states {states.shape} must be (rows, layers, hidden) with {len(layer_numbers)} layers")
     if len(set(layer_numbers)) != len(layer_numbers):
         raise ValueError("a layer is named twice")
-    names, estimator = _check(config)
-    targets = encode_labels(labels, len(states), task=config.task)
-    folds = make_folds(targets, folds=config.folds, groups=groups, split=split, keys=input_keys, seed=config.seed)
-    plan = _plan(targets, folds, estimator, config, layers=len(layer_numbers))
+    for name, array in (("offsets", inputs.offsets), ("confidence", inputs.confidence)):
+        if array is not None and len(array) - (name == "offsets") != rows:
+            raise ValueError(f"{name} of {len(array)} entries for {rows} rows")
+    check_numbers(config)
+    targets = encode_labels(labels, rows, task=config.task)
+    names = rivals.check_baselines(config.baselines, task=targets.task, inputs=inputs)
+    check_calibration(config.calibration, targets.task)
+    estimator = make_estimator(
+        config.estimator,
+        C=config.C,
+        standardize=config.standardize,
+        seed=config.seed,
+        task=targets.task,
+        covariance=config.covariance,
+    )
+    check_estimator(estimator, state_offsets is not None)
+    folds = _folds(targets, config, inputs, groups, split, input_keys)
+    plan = _plan(targets, folds, estimator, config, state_offsets, layers=len(layer_numbers))
     watch = _Watch(progress, cancelled, plan.stop)
     with threadpool_limits(limits=1), warnings.catch_warnings():
         # Solvers warn through the interpreter's one list of filters; the report says what did not converge.
@@ -142,23 +143,41 @@ def sweep(
         results = _all_layers(states, plan, watch, config.threads)
         choice = choose_layers(results, folds)
         kept = _keep(states, results, choice, plan, watch)
-        compared = _baselines(names, kept, lengths, plan, watch, config.seed)
-        predicted = np.empty((len(folds.held_out), plan.classes))
-        strata = folds.assignment[folds.held_out]
-        for fold, layer in enumerate(choice):
-            predicted[strata == fold] = results[layer].probabilities[strata == fold]
-        held_out = plan.score(predicted)
-    report = _report(plan, results, choice, kept, held_out, predicted, compared, layer_numbers, config)
+        number = int(layer_numbers[kept.index])
+        compared, notes = _baselines(names, kept, inputs, plan, watch, config.seed)
+        control = None
+        if config.selectivity:
+            watch.report("control task", 0, 1, "tasks")
+            control = selectivity(
+                kept.estimator, kept.X, results[kept.index].raw, plan, layer=number, seed=config.seed, tick=watch.check
+            )
+        predicted, raw = (_chosen(results, choice, plan, part) for part in ("predictions", "raw"))
+        found = Findings(
+            plan=plan,
+            layers={int(layer): result for layer, result in zip(layer_numbers, results, strict=True)},
+            choice=[int(layer_numbers[index]) for index in choice],
+            predicted=predicted,
+            held_out=plan.score(predicted),
+            uncalibrated=None if kept.calibrator is None else plan.score(raw),
+            best_layer=number,
+            C=kept.C,
+            calibrator=kept.calibrator,
+            baselines=compared,
+            selectivity=control,
+            confidence=inputs.confidence,
+            notes=tuple(notes),
+        )
+        report = write_report(found, dataclasses.asdict(config), permutations=rivals.PERMUTATIONS)
     probe = FittedProbe(
-        weights=kept.fit.coef,
-        intercept=kept.fit.intercept,
-        mean=kept.fit.mean,
-        scale=kept.fit.scale,
+        kind=kept.fit.kind,
+        tensors=kept.fit.tensors(),
+        calibrator=None if kept.calibrator is None else kept.calibrator.record(),
         classes=targets.classes,
-        layer=report.best_layer,
+        layer=number,
         task=targets.task,
         estimator=estimator.name,
-        settings={"C": kept.C, "standardize": config.standardize},
+        settings=estimator_settings(kept.C, dataclasses.asdict(config)),
+        thresholds=thresholds_of(report.to_dict()),
         report_sha256=report.sha256(),
     )
     return SweepResult(report, probe, folds, folds.held_out, predicted)
@@ -174,22 +193,17 @@ class _Kept:
     C: float
     """Its penalty."""
 
-    X: Floats
+    X: Any
     """All rows of its layer."""
 
     estimator: Estimator
     """With that penalty alone."""
 
-    fit: LinearFit
+    fit: Fit
     """On all rows, or on the training rows of a given split."""
 
-
-@dataclass(frozen=True)
-class _Compared:
-    """Baselines by name, and what is to be said of one that is missing."""
-
-    scores: dict[str, Scores]
-    notes: list[str]
+    calibrator: Calibrator | None
+    """On out-of-fold scores of the same rows."""
 
 
 class _Watch:
@@ -217,22 +231,67 @@ class _Watch:
             self._progress(stage, done, total, unit)
 
 
-def _check(config: SweepConfig) -> tuple[tuple[str, ...], Estimator]:
-    if config.calibration != "none":
-        raise NotBuilt(
-            f"Calibration {config.calibration!r} is not offered by this version; use 'none'.",
-            errors=[FieldError(pointer="/calibration", detail="use none")],
-        )
-    if not 0 < config.target_fpr < 1:
-        raise InvalidRequest(
-            "target_fpr lies between 0 and 1.", errors=[FieldError(pointer="/target_fpr", detail="between 0 and 1")]
-        )
-    if config.bootstrap < 0:
-        raise InvalidRequest(
-            "bootstrap is a number of resamples.", errors=[FieldError(pointer="/bootstrap", detail="0 or more")]
-        )
-    names = rivals.check_baselines(config.baselines)
-    return names, make_estimator(config.estimator, C=config.C, standardize=config.standardize)
+def _inputs(
+    lengths: Sequence[int] | None,
+    token_ids: NDArray[Any] | None,
+    offsets: NDArray[Any] | None,
+    confidence: NDArray[Any] | None,
+) -> rivals.Inputs:
+    counted = np.diff(offsets) if lengths is None and offsets is not None else lengths
+    if confidence is not None:
+        confidence = np.asarray(confidence, dtype=np.float64)
+        if not ((confidence >= 0) & (confidence <= 1)).all():
+            row = int(np.argmin((confidence >= 0) & (confidence <= 1)))
+            raise refused(f"/inputs/{row}", "the model's own confidence is not a probability here")
+    return rivals.Inputs(
+        token_ids=token_ids,
+        offsets=offsets,
+        lengths=None if counted is None else np.asarray(counted, dtype=np.float64),
+        confidence=confidence,
+    )
+
+
+def _folds(
+    targets: Targets,
+    config: SweepConfig,
+    inputs: rivals.Inputs,
+    groups: Sequence[Any] | None,
+    split: Sequence[Any] | str | None,
+    keys: Sequence[Hashable] | None,
+) -> Folds:
+    near = None
+    if inputs.token_ids is not None and inputs.offsets is not None:
+        keys = input_keys(inputs.token_ids, inputs.offsets) if keys is None else keys
+        if config.near_duplicates is not None:
+            near = near_duplicates(inputs.token_ids, inputs.offsets, config.near_duplicates)
+    return make_folds(targets, folds=config.folds, groups=groups, split=split, keys=keys, near=near, seed=config.seed)
+
+
+def _plan(
+    targets: Targets,
+    folds: Folds,
+    estimator: Estimator,
+    config: SweepConfig,
+    state_offsets: NDArray[Any] | None,
+    *,
+    layers: int,
+) -> Plan:
+    inner = None
+    if layers > 1 or len(estimator.penalties) > 1 or config.calibration != "none":
+        parts = INNER_FOLDS if config.calibration == "none" else CALIBRATION_FOLDS
+        inner = [inner_folds(targets, folds, train, fold, folds=parts) for fold, (train, _) in enumerate(folds)]
+    held = folds.held_out
+    return Plan(
+        targets=targets,
+        folds=folds,
+        inner=inner,
+        estimator=estimator,
+        resamples=Resamples(len(held), config.bootstrap, seed=config.seed, clusters=folds.clusters[held]),
+        target_fpr=config.target_fpr,
+        calibration=config.calibration,
+        offsets=None if state_offsets is None else np.asarray(state_offsets, dtype=np.int64),
+        stop=threading.Event(),
+    )
 
 
 def _all_layers(states: NDArray[Any], plan: Plan, watch: _Watch, threads: int | None) -> list[LayerResult]:
@@ -257,129 +316,57 @@ def _all_layers(states: NDArray[Any], plan: Plan, watch: _Watch, threads: int | 
     return [future.result() for future in futures]
 
 
-def _plan(targets: Targets, folds: Folds, estimator: Estimator, config: SweepConfig, *, layers: int) -> Plan:
-    inner = None
-    if layers > 1 or len(estimator.penalties) > 1:
-        inner = [inner_folds(targets, folds, train, fold, folds=INNER_FOLDS) for fold, (train, _) in enumerate(folds)]
-    held = folds.held_out
-    resamples = Resamples(len(held), config.bootstrap, seed=config.seed, clusters=folds.clusters[held])
-    return Plan(targets, folds, inner, estimator, resamples, config.target_fpr, threading.Event())
-
-
 def _keep(states: NDArray[Any], results: list[LayerResult], choice: list[int], plan: Plan, watch: _Watch) -> _Kept:
-    """Choose and fit the final probe; with a given test set by the training rows alone."""
+    """Choose, fit and calibrate the final probe; with a given test set by the training rows alone."""
+    y = plan.targets.y
     if plan.has_test_set:
         index, rows = choice[0], np.flatnonzero(plan.folds.assignment < 0)
         penalty = results[index].chosen[0]
     else:
-        index, rows = best_layer([result.key for result in results]), np.arange(len(plan.targets.codes))
+        index, rows = best_layer([result.key for result in results]), np.arange(len(y))
         penalty = results[index].penalty
     watch.report("fitting the probe", 0, 1, "probes")
     C = plan.estimator.penalties[penalty]
-    estimator = plan.estimator.with_penalty(C)
-    X = layer_states(states, index)
-    fit = estimator.fit_path(X[rows], plan.targets.codes[rows], plan.classes)[0]
+    estimator = plan.estimator if len(plan.estimator.penalties) == 1 else plan.estimator.with_penalty(C)
+    X = plan.states(states, index)
+    fit = estimator.fit_path(X[rows], y[rows], plan.classes)[0]
+    calibrator = None
+    if plan.calibration != "none":
+        if plan.has_test_set:
+            scores, learned = inner_scores(estimator, X, rows, plan), y[rows]
+        else:
+            scores, learned = out_of_fold(estimator, X, y, plan), y[plan.folds.held_out]
+        calibrator = fit_calibrator(plan.calibration, scores, learned)
     watch.report("fitting the probe", 1, 1, "probes")
-    return _Kept(index, C, X, estimator, fit)
+    return _Kept(index, C, X, estimator, fit, calibrator)
 
 
 def _baselines(
-    names: Sequence[str], kept: _Kept, lengths: Sequence[int] | None, plan: Plan, watch: _Watch, seed: int
-) -> _Compared:
-    compared = _Compared({}, [])
+    names: Sequence[str], kept: _Kept, inputs: rivals.Inputs, plan: Plan, watch: _Watch, seed: int
+) -> tuple[dict[str, Scores], list[str]]:
+    """Scores by name, and what is to be said of one that is missing."""
+    compared: dict[str, Scores] = {}
+    notes = []
     for done, name in enumerate(names):
         watch.report("baselines", done, len(names), "baselines")
         if name == "shuffled_labels":
-            compared.scores[name] = rivals.shuffled_label_scores(kept.estimator, kept.X, plan, seed, watch.check)
-        elif lengths is None:
-            compared.notes.append("The length baseline is missing: the states came without token counts.")
+            compared[name] = rivals.shuffled_label_scores(kept.estimator, kept.X, plan, seed, watch.check)
+            continue
+        scores = rivals.baseline_scores(name, plan, inputs)
+        if isinstance(scores, str):
+            notes.append(scores)
         else:
-            compared.scores[name] = plan.score(rivals.length_predictions(lengths, plan))
-    return compared
+            compared[name] = scores
+    return compared, notes
 
 
-def _report(
-    plan: Plan,
-    results: list[LayerResult],
-    choice: list[int],
-    kept: _Kept,
-    held_out: Scores,
-    predicted: Floats,
-    compared: _Compared,
-    layer_numbers: Sequence[int],
-    config: SweepConfig,
-) -> Report:
-    targets, folds, penalties = plan.targets, plan.folds, plan.estimator.penalties
-    numbers = [int(number) for number in layer_numbers]
-    held = folds.held_out
-    y, strata = targets.codes[held], folds.assignment[held]
-    choices = [
-        {
-            "fold": fold,
-            "layer": numbers[layer],
-            "C": penalties[results[layer].chosen[fold]],
-            "rows": int(np.sum(strata == fold)),
-        }
-        for fold, layer in enumerate(choice)
-    ]
-    baselines = {name: scores.to_dict() for name, scores in compared.scores.items()}
-    if "shuffled_labels" in baselines:
-        baselines["shuffled_labels"] |= {"layer": numbers[kept.index], "permutations": rivals.PERMUTATIONS}
-    return Report(
-        task=targets.task,
-        estimator=plan.estimator.name,
-        settings={"C": kept.C, "C_candidates": list(penalties), "standardize": config.standardize},
-        n=len(targets.codes),
-        classes=list(targets.classes),
-        class_counts=targets.counts,
-        seed=config.seed,
-        bootstrap=config.bootstrap,
-        folds=folds.record(),
-        protocol=protocol_text(
-            folds=folds.count,
-            given_test=plan.has_test_set,
-            chooses=plan.inner is not None,
-            several_penalties=len(penalties) > 1,
-        ),
-        layers=[
-            {"layer": number, "C": [penalties[index] for index in result.chosen]} | result.scores.to_dict()
-            for number, result in zip(numbers, results, strict=True)
-        ],
-        best_layer=numbers[kept.index],
-        held_out=held_out.to_dict()
-        | {"reliability_equal_mass": reliability(y, predicted, equal_mass=True), "choices": choices},
-        baselines=baselines,
-        thresholds=_thresholds(y, predicted, held_out, config.target_fpr),
-        warnings=[
-            *folds.warnings,
-            *warnings_for(
-                classes=list(targets.classes),
-                class_counts=[int(count) for count in np.bincount(y, minlength=plan.classes)],
-                held_out=held_out,
-                clusters=plan.resamples.clusters,
-                clustered=plan.resamples.clusters < len(held),
-                baselines=compared.scores,
-                target_fpr=config.target_fpr,
-                unconverged=[number for number, result in zip(numbers, results, strict=True) if not result.converged],
-            ),
-            *compared.notes,
-        ],
-    )
-
-
-def _thresholds(y: Codes, predicted: Floats, held_out: Scores, target_fpr: float) -> dict[str, Any]:
-    if predicted.shape[1] != 2:
-        return {}
-    threshold, rate = Ranking(y == 1, predicted[:, 1]).threshold_at_fpr(target_fpr)
-    return {
-        "default": 0.5,
-        "target_fpr": {
-            "target_fpr": target_fpr,
-            "threshold": threshold,
-            "fpr": rate,
-            "recall": held_out["recall_at_fpr"].to_dict(),
-        },
-    }
+def _chosen(results: list[LayerResult], choice: list[int], plan: Plan, part: str) -> Floats:
+    """The predictions of the held-out rows, each fold's by the layer that it chose."""
+    predicted: Floats = np.empty_like(getattr(results[0], part))
+    for fold, layer in enumerate(choice):
+        mine = plan.strata == fold
+        predicted[mine] = getattr(results[layer], part)[mine]
+    return predicted
 
 
 def _processors() -> int:

@@ -1,4 +1,4 @@
-"""Labels and groups as they come over the wire, turned into whole-number codes.
+"""Labels and groups as they come over the wire, turned into whole-number codes, or into values for regression.
 
 Classes are ordered (False before True, numbers by value, strings by code point), so that the same labels give
 the same codes whatever order the rows are in. In a binary task the second class is the positive one.
@@ -8,19 +8,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from bathyscope.errors import FieldError, InvalidRequest, NotBuilt
+from bathyscope.errors import FieldError, InvalidRequest
 
-Task = Literal["binary", "multiclass"]
+Task = Literal["binary", "multiclass", "regression"]
 ClassLabel = bool | int | str
 
 MAX_CLASSES = 256
 """More classes than this are taken for a mistake: a regression target, or identifiers."""
+
+LARGEST_VALUE = 1e100
+"""A regression target beyond this is refused: its square, summed over the rows, has to be a number."""
+
+_TASKS = ("auto", "binary", "multiclass", "regression")
 
 _MAX_ERRORS = 16
 """Faulty rows named in one refusal."""
@@ -28,34 +33,44 @@ _MAX_ERRORS = 16
 
 @dataclass(frozen=True)
 class Targets:
-    """Class labels as codes."""
+    """What a probe learns: classes as codes, or values."""
 
     task: Task
-    """`binary` with two classes, `multiclass` with more."""
+    """`binary` with two classes, `multiclass` with more, `regression` with values."""
 
     classes: tuple[ClassLabel, ...]
-    """The labels in the order of their codes."""
+    """The labels in the order of their codes; none for regression."""
 
     codes: NDArray[np.int64]
-    """One a row: the index of the row's label in `classes`."""
+    """One a row: the index of the row's label in `classes`; 0 for regression."""
+
+    values: NDArray[np.float64] | None = None
+    """One a row, for regression; None for classes."""
+
+    @property
+    def y(self) -> NDArray[Any]:
+        """What estimators and metrics take: codes, or the values of a regression."""
+        return self.codes if self.values is None else self.values
 
     @property
     def counts(self) -> list[int]:
         """Rows of each class, in the order of `classes`."""
-        return [int(count) for count in np.bincount(self.codes, minlength=len(self.classes))]
+        return [int(count) for count in np.bincount(self.codes, minlength=len(self.classes))] if self.classes else []
+
+    def of(self, rows: NDArray[Any]) -> Targets:
+        """Those of some rows."""
+        return replace(self, codes=self.codes[rows], values=None if self.values is None else self.values[rows])
 
 
 def encode_labels(labels: Sequence[Any], rows: int, *, task: str = "auto") -> Targets:
-    """The classes of `labels` and the code of each row.
+    """The classes of `labels` and the code of each row, or their values.
 
-    Labels are booleans, whole numbers (2.0 counts as 2) or strings, all of one kind. Raises `InvalidRequest`
-    pointing at `/labels` or `/labels/<row>` for a wrong length, a missing value, mixed kinds or one class only;
-    `NotBuilt` for a regression target.
+    Class labels are booleans, whole numbers (2.0 counts as 2) or strings, all of one kind; for regression they are
+    numbers. `auto` means regression when numbers are not whole. Raises `InvalidRequest` pointing at `/labels`,
+    `/labels/<row>` or `/task` for a wrong length, a missing value, mixed kinds, or labels that are all the same.
     """
-    if task == "regression":
-        raise NotBuilt("Regression probes are not offered by this version: give labels that are classes.")
-    if task not in ("auto", "binary", "multiclass"):
-        raise refused("/task", f"task is one of auto, binary, multiclass, regression; it is {task!r}")
+    if task not in _TASKS:
+        raise refused("/task", f"task is one of {', '.join(_TASKS)}; it is {task!r}")
     values = [_plain(label) for label in labels]
     if len(values) != rows:
         raise refused("/labels", f"give one label a row: there are {len(values)} labels for {rows} rows")
@@ -72,12 +87,14 @@ def encode_labels(labels: Sequence[Any], rows: int, *, task: str = "auto") -> Ta
     kinds = {_kind(value) for value in values}
     if len(kinds) > 1:
         raise refused("/labels", f"labels are of one kind; these mix {' and '.join(sorted(kinds))}")
+    if task == "regression":
+        return _values(values, kinds)
     if kinds == {"numbers"}:
         if any(isinstance(value, float) and not value.is_integer() for value in values):
-            raise NotBuilt(
-                "Labels that are not whole numbers mean regression, which this version does not offer: give "
-                "booleans, whole numbers or strings.",
-                errors=[FieldError(pointer="/labels", detail="give classes, not measurements")],
+            if task == "auto":
+                return _values(values, kinds)
+            raise refused(
+                "/labels", f"classes are booleans, whole numbers or strings, for a {task} task; these are not"
             )
         values = [int(value) for value in values]
     classes = tuple(sorted(set(values)))
@@ -85,12 +102,30 @@ def encode_labels(labels: Sequence[Any], rows: int, *, task: str = "auto") -> Ta
         found = f"every label is {classes[0]!r}" if classes else "there are no rows"
         raise refused("/labels", f"a probe needs two classes at least; {found}")
     if len(classes) > MAX_CLASSES:
-        raise refused("/labels", f"there are {len(classes)} different labels; at most {MAX_CLASSES} classes fit")
+        hint = "; if they are measurements, set task to regression" if kinds == {"numbers"} else ""
+        raise refused("/labels", f"there are {len(classes)} different labels; at most {MAX_CLASSES} classes fit{hint}")
     if task == "binary" and len(classes) > 2:
         raise refused("/labels", f"a binary task has two classes; these labels have {len(classes)}")
     index = {label: code for code, label in enumerate(classes)}
     codes = np.fromiter((index[value] for value in values), dtype=np.int64, count=rows)
     return Targets(task="binary" if len(classes) == 2 else "multiclass", classes=classes, codes=codes)
+
+
+def _values(values: list[Any], kinds: set[str]) -> Targets:
+    if kinds != {"numbers"}:
+        found = f"these are {kinds.pop()}" if kinds else "there are no rows"
+        raise refused("/labels", f"a regression needs numbers; {found}")
+    faults = [
+        FieldError(pointer=f"/labels/{row}", detail=f"the number is beyond {LARGEST_VALUE:g}")
+        for row, value in enumerate(values)
+        if abs(value) > LARGEST_VALUE
+    ]
+    if faults:
+        raise InvalidRequest("Labels are too large to compute with; rescale them.", errors=faults[:_MAX_ERRORS])
+    numbers = np.array([float(value) for value in values])
+    if numbers.min() == numbers.max():
+        raise refused("/labels", f"a regression needs labels that differ; every one is {values[0]!r}")
+    return Targets("regression", (), np.zeros(len(numbers), dtype=np.int64), numbers)
 
 
 def encode_groups(groups: Sequence[Any], rows: int) -> NDArray[np.int64]:

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from bathyscope._connection import package_version
+from bathyscope._version import package_version
 from bathyscope.cli import _adapters, _demo, _extract, _health, _jobs, _keys, _models, _server, _store, _up
 from bathyscope.errors import BathyscopeError
 

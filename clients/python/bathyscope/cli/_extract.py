@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from bathyscope import Extraction, types
 from bathyscope.cli._options import ApiKey, AsJson, Url, client_of, print_json, size
 from bathyscope.errors import InvalidInput
 
@@ -62,6 +63,20 @@ def extract(
         Literal["auto", "float32", "bfloat16", "float16"], typer.Option(help="Type the model computes in.")
     ] = "auto",
     batch_invariant: Annotated[bool, typer.Option(help="With 8bit, run each text alone.")] = True,
+    choices: Annotated[
+        Path | None,
+        typer.Option(
+            help="Also score the choices of the inputs (a .jsonl file of prompts) and write them to this .jsonl file.",
+            show_default=False,
+        ),
+    ] = None,
+    match: Annotated[
+        Literal["exact", "normalised"], typer.Option(help="How an answer in words is compared with the right one.")
+    ] = "normalised",
+    max_new_tokens: Annotated[int, typer.Option(min=1, max=1024, help="Most tokens of an answer in words.")] = 32,
+    stop: Annotated[
+        list[str] | None, typer.Option(help="A text that ends an answer in words; may be repeated.", show_default=False)
+    ] = None,
     priority: Annotated[Literal["high", "normal", "low"], typer.Option(help="Place in the queue.")] = "normal",
     webhook: Annotated[
         str | None, typer.Option(help="URL that gets the finished job in a signed POST.", show_default=False)
@@ -75,8 +90,9 @@ def extract(
         raise typer.BadParameter(
             f"the suffix must be one of {', '.join(_FORMATS)}, not {output.suffix!r}", param_hint="--output"
         )
-    if not output.parent.is_dir():
-        raise typer.BadParameter(f"there is no folder {output.parent}", param_hint="--output")
+    for file, name in ((output, "--output"), (choices, "--choices")):
+        if file is not None and not file.parent.is_dir():
+            raise typer.BadParameter(f"there is no folder {file.parent}", param_hint=name)
     inputs = list(_inputs(texts or [], source))
     if not inputs:
         raise typer.BadParameter("there are none: give them as arguments, or a file with --input", param_hint="texts")
@@ -99,6 +115,10 @@ def extract(
             dtype=dtype,
             compute_dtype=compute_dtype,
             batch_invariant=batch_invariant,
+            score_choices=choices is not None,
+            match=match,
+            max_new_tokens=max_new_tokens,
+            stop=stop or [],
             priority=priority,
             webhook=webhook,
         )
@@ -108,11 +128,23 @@ def extract(
             typer.echo(f"{job.id} goes on; `bathyscope jobs cancel {job.id}` ends it.", err=True)
             raise
         states.save(output)
+        if choices is not None:
+            _write_choices(choices, states)
     if as_json:
         print_json(states.model_dump(mode="json"))
         return
     shape = " x ".join(str(extent) for extent in states.shape)
     typer.echo(f"{output}: {shape} {states.dtype}, {size(output.stat().st_size)}, layers {_runs(states.layers)}")
+    if choices is not None and isinstance(states.scored, types.Scored):
+        scored = states.scored
+        typer.echo(f"{choices}: {scored.correct} of {scored.answered} right, mean confidence {scored.confidence:.2f}")
+
+
+def _write_choices(path: Path, states: Extraction) -> None:
+    """A question's scores a line."""
+    with path.open("w", encoding="utf-8") as file:
+        for scores in states.choices():
+            file.write(scores.model_dump_json(exclude_none=True) + "\n")
 
 
 def _inputs(texts: list[str], source: str | None) -> Iterator[Any]:

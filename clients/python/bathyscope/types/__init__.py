@@ -24,6 +24,8 @@ from bathyscope.types.adapters import (
     Variant,
 )
 from bathyscope.types.extractions import (
+    Choices,
+    ChoiceScores,
     Dtype,
     Extraction,
     ExtractionOptions,
@@ -36,21 +38,22 @@ from bathyscope.types.extractions import (
     Pooling,
     Positions,
     PromptInput,
+    Scored,
     TokenIdsInput,
 )
 from bathyscope.types.jobs import ENDED, Job, JobEvent, JobKind, JobStatus, Webhook, WebhookState
 from bathyscope.types.models import LayerError, LoadRequest, Model, Residency, SelfTest
+from bathyscope.types.predictions import Prediction, PredictRequest, Reading, TokenScore
 from bathyscope.types.probes import (
     Figure,
     Label,
     LayerScores,
-    Prediction,
-    PredictRequest,
     Probe,
     ProbeRequest,
     ReliabilityBin,
     Report,
     Scores,
+    WeightsFormat,
 )
 from bathyscope.types.service import AuditEntry, Health, KeyLimits, KeyUse, Readiness, Version, WhoAmI
 
@@ -63,6 +66,8 @@ __all__ = [
     "AdapterTensors",
     "AnswerModel",
     "AuditEntry",
+    "ChoiceScores",
+    "Choices",
     "ComputeDtype",
     "Dtype",
     "Extraction",
@@ -101,19 +106,23 @@ __all__ = [
     "PromptInput",
     "Quantization",
     "Readiness",
+    "Reading",
     "ReliabilityBin",
     "Report",
     "RequestModel",
     "Residency",
+    "Scored",
     "Scores",
     "SelfTest",
     "TinkerModel",
     "TinkerModels",
     "TokenIdsInput",
+    "TokenScore",
     "Variant",
     "Version",
     "Webhook",
     "WebhookState",
+    "WeightsFormat",
     "WhoAmI",
     "WorkRequest",
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, StringConstraints, Tag, field_validator, model_validator
+from pydantic import Discriminator, Field, StringConstraints, Tag, ValidationInfo, field_validator, model_validator
 
 from bathyscope.types._base import (
     AnswerModel,
@@ -47,16 +47,38 @@ class TokenIdsInput(RequestModel):
 
 
 class PromptInput(RequestModel):
-    """A question with its answer, for labels that say whether the model is right."""
+    """A question with its answer, for labels that say whether the model is right. Hidden states are the prompt's."""
 
     prompt: str
     """What comes before the choice or the answer."""
 
-    choices: list[str] | None = Field(default=None, min_length=2, max_length=64)
-    """The possible continuations; without them the model's own greedy answer is matched."""
+    choices: list[Annotated[str, Field(min_length=1)]] | None = Field(default=None, min_length=2, max_length=64)
+    """The possible continuations, each as it follows the prompt (with its space); without them the model's own greedy
+    answer is matched."""
 
-    answer: int | str
-    """The right choice's index, from 0, or the right answer's text."""
+    answer: int | Annotated[str, Field(min_length=1, max_length=4096)]
+    """The right choice's index, from 0, or, without choices, the right answer's text."""
+
+    @field_validator("choices", mode="after")
+    @classmethod
+    def _no_choice_twice(cls, choices: list[str] | None) -> list[str] | None:
+        if choices is not None and len(set(choices)) != len(choices):
+            twice = next(number for number, one in enumerate(choices) if one in choices[:number])
+            raise ValueError(f"choice {twice} is the same as choice {choices.index(choices[twice])}")
+        return choices
+
+    @field_validator("answer", mode="after")
+    @classmethod
+    def _answer_fits(cls, answer: int | str, info: ValidationInfo) -> int | str:
+        if "choices" not in info.data:  # they are faulty themselves
+            return answer
+        choices = info.data["choices"]
+        if choices is None:
+            if isinstance(answer, int) or not answer.strip():
+                raise ValueError("without choices it is the right answer in words")
+        elif isinstance(answer, str) or not 0 <= answer < len(choices):
+            raise ValueError(f"with {len(choices)} choices it is one of 0 to {len(choices) - 1}")
+        return answer
 
 
 def _input_tag(value: Any) -> str:
@@ -180,13 +202,18 @@ class ExtractionRequest(ExtractionOptions, WorkRequest):
     """A dataset by name or id, instead of inputs."""
 
     score_choices: bool = False
-    """Also score the choices of `prompt` inputs."""
+    """Also score the choices of the inputs, and answer those that have none: each input is a `prompt`. See
+    `links.choices`."""
 
     max_new_tokens: int = Field(default=32, ge=1, le=1024)
-    """Bound of the greedy answer of `prompt` inputs without choices."""
+    """Bound of the greedy answer to a prompt without choices."""
+
+    stop: list[Annotated[str, Field(min_length=1, max_length=64)]] = Field(default_factory=list, max_length=8)
+    """Texts that end such an answer, as a line break; it is cut before them."""
 
     match: Literal["exact", "normalised"] = "normalised"
-    """How a greedy answer is compared with the right one."""
+    """How it is compared with the right one: but for white space around it, or as SQuAD does (case, punctuation,
+    articles and white space aside; signs and points of numbers count)."""
 
     metadata: Metadata | None = None
     """Free JSON of the caller's own."""
@@ -196,6 +223,72 @@ class ExtractionRequest(ExtractionOptions, WorkRequest):
         if (self.inputs is None) == (self.dataset is None):
             raise ValueError("give either inputs or dataset")
         return self
+
+
+class ChoiceScores(AnswerModel):
+    """What the model made of one question. Logarithms are natural."""
+
+    index: int
+    """The input, counted from 0."""
+
+    logprobs: list[float]
+    """Of each choice the log-probability after its prompt: the sum over its tokens. Of an answer in words that of the
+    answer, the token that ended it included."""
+
+    logprobs_per_token: list[float]
+    """The same divided by the number of tokens."""
+
+    tokens: list[int]
+    """How many tokens each choice, or the answer, has."""
+
+    picked: int | None = None
+    """The choice with the highest sum, the first of equal ones; null of an answer in words."""
+
+    correct: bool
+    """Whether that is the right one, or the answer matches."""
+
+    confidence: float
+    """The picked choice's share of the choices' probabilities (the softmax of the sums); of an answer in words the
+    geometric mean of its tokens' probabilities."""
+
+    picked_per_token: int | None = None
+    """The choice with the highest log-probability per token; null of an answer in words."""
+
+    correct_per_token: bool | None = None
+    """Whether that is the right one."""
+
+    confidence_per_token: float | None = None
+    """Its share in the softmax of the log-probabilities per token."""
+
+    answer: str | None = None
+    """What the model said, of a prompt without choices; cut before a stop text."""
+
+    ended: bool | None = None
+    """Whether it ended by itself or at a stop text; false when `max_new_tokens` cut it off."""
+
+
+class Choices(AnswerModel):
+    """Scores of questions, in the order of the inputs."""
+
+    data: list[ChoiceScores]
+    """One an input."""
+
+
+class Scored(AnswerModel):
+    """The sum of the scores of one variant."""
+
+    answered: int
+    """Questions."""
+
+    correct: int
+    """Those that the model has right."""
+
+    confidence: float
+    """Mean of its own confidence."""
+
+    shared: int
+    """Choices that begin inside a token of their prompt, or change its tokens: their scores count for some of the
+    prompt too. None where choices begin where words do."""
 
 
 class Identity(AnswerModel):
@@ -302,6 +395,9 @@ class Extraction(AnswerModel):
 
     metadata: dict[str, Any] | None = None
     """The caller's own."""
+
+    scored: Scored | list[Scored] | None = None
+    """With `score_choices`, in short; of a paired extraction one a variant. Question by question: `links.choices`."""
 
     links: dict[str, str] = Field(default_factory=dict)
     """Paths of what belongs to it."""

@@ -7,9 +7,10 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, StrictBool, StrictFloat, StrictInt, StrictStr, model_validator
 
 from bathyscope.types._base import AnswerModel, Metadata, Time, WorkRequest
-from bathyscope.types.extractions import ExtractionRequest, Identity, Input
+from bathyscope.types.extractions import ExtractionRequest, Identity
 
 Label = StrictBool | StrictInt | StrictFloat | Annotated[StrictStr, Field(max_length=256)]
+WeightsFormat = Literal["safetensors", "onnx", "card"]
 Estimator = Literal["logistic", "ridge", "mass_mean", "lda", "mlp", "attention", "max_mean"]
 
 
@@ -26,10 +27,10 @@ class ProbeRequest(WorkRequest):
     """An extraction to make first, instead of `extraction`."""
 
     labels: Annotated[list[Label], Field(fail_fast=True)] | Literal["correct"]
-    """One a row: classes as booleans, whole numbers or strings."""
+    """One a row: classes as booleans, whole numbers or strings; for regression numbers."""
 
     task: Literal["auto", "binary", "multiclass", "regression"] = "auto"
-    """`auto` decides by the labels."""
+    """`auto` decides by the labels: numbers that are not whole mean regression."""
 
     variant: str | None = Field(default=None, max_length=64)
     """Which variant of a paired extraction to train on: an adapter's id, or `base`."""
@@ -37,20 +38,34 @@ class ProbeRequest(WorkRequest):
     groups: list[StrictInt | Annotated[StrictStr, Field(max_length=256)]] | None = Field(default=None, fail_fast=True)
     """One a row: rows of one group never sit on both sides of a split."""
 
-    split: list[Literal["train", "test"]] | None = Field(default=None, fail_fast=True)
-    """One a row: a split of the caller's own instead of folds."""
+    split: (
+        Literal["random", "stratified", "grouped"]
+        | Annotated[list[Literal["train", "test"] | Annotated[StrictInt, Field(ge=0, lt=2**31)]], Field(fail_fast=True)]
+        | None
+    ) = None
+    """How rows are held out: a name, or one entry a row, `train`, `test` or the number of a fold. By default `grouped`
+    when groups are given, else `stratified`. Groups and near-duplicates stay on one side whichever it is."""
+
+    near_duplicates: float | None = Field(default=0.8, gt=0, le=1)
+    """Share of three-token phrases in common (Jaccard) from which two inputs stay on one side of a split; null ties
+    exact repeats only."""
 
     layers: Literal["all"] | Annotated[list[int], Field(min_length=1, max_length=4096)] = "all"
     """Layers of the extraction to sweep over."""
 
     estimator: Estimator = "logistic"
-    """The kind of probe."""
+    """The kind of probe. `attention` and `max_mean` read the states of every token (pooling none), the others one
+    vector an input."""
 
     C: list[Annotated[float, Field(gt=0, le=1e8)]] | None = Field(default=None, min_length=1, max_length=32)
     """Inverse strengths of the L2 penalty; of several the best is chosen inside the training rows."""
 
     standardize: bool = True
     """Scale each feature by mean and deviation of the training rows."""
+
+    covariance: Literal["none", "shrunk"] = "none"
+    """For `mass_mean`: `shrunk` corrects the difference of means by the covariance within classes (shrunk, Ledoit &
+    Wolf 2004)."""
 
     folds: int = Field(default=5, ge=2, le=50)
     """Cross-validation folds."""
@@ -66,11 +81,14 @@ class ProbeRequest(WorkRequest):
     )
     """What the probe is compared with."""
 
+    selectivity: bool = True
+    """Learn a control task too (Hewitt & Liang 2019), to tell what the probe could know by heart."""
+
     target_fpr: float = Field(default=0.01, gt=0, lt=1)
     """False-positive rate at which recall is reported."""
 
     seed: int = Field(default=0, ge=0, lt=2**32)
-    """Seed of folds and resamples; the same request on the same states gives the same numbers."""
+    """Seed of folds, resamples, shuffles and estimators; the same request on the same states gives the same numbers."""
 
     metadata: Metadata | None = None
     """Free JSON of the caller's own."""
@@ -114,6 +132,28 @@ class ReliabilityBin(AnswerModel):
     """Observed frequency in the bin; null when empty."""
 
 
+class BrierDecomposition(AnswerModel):
+    """What a Brier score is made of, in 15 bins of equal width (Murphy 1973; within bins Stephenson et al. 2008).
+
+    The score is reliability - resolution + uncertainty + within_bin_variance - within_bin_covariance.
+    """
+
+    reliability: Figure
+    """Mean squared distance of the bins' probabilities from their frequencies; 0 is calibrated."""
+
+    resolution: Figure
+    """Mean squared distance of the bins' frequencies from the overall one; the more the better."""
+
+    uncertainty: Figure
+    """Variance of the labels."""
+
+    within_bin_variance: Figure
+    """Variance of the probabilities within the bins."""
+
+    within_bin_covariance: Figure
+    """Twice the covariance of probabilities and labels within the bins."""
+
+
 class Scores(AnswerModel):
     """What a set of predictions is worth. Fields that a report lacks are null."""
 
@@ -129,8 +169,14 @@ class Scores(AnswerModel):
     balanced_accuracy: Figure | None = None
     """Mean recall over the classes."""
 
+    recall_at_fpr: Figure | None = None
+    """Binary: the highest recall of a threshold whose false-positive rate is at most `target_fpr`."""
+
     brier: Figure | None = None
     """Mean squared error of the probabilities (Brier 1950)."""
+
+    brier_decomposition: BrierDecomposition | None = None
+    """What it is made of."""
 
     nll: Figure | None = None
     """Mean negative log-likelihood, in nats."""
@@ -144,22 +190,109 @@ class Scores(AnswerModel):
     reliability: list[ReliabilityBin] = Field(default_factory=list)
     """The bins behind `ece`."""
 
+    r2: Figure | None = None
+    """Regression: share of the variance that is explained; below 0 for worse than the mean."""
+
+    mae: Figure | None = None
+    """Regression: mean absolute error, in the labels' unit."""
+
+    spearman: Figure | None = None
+    """Regression: rank correlation, within folds."""
+
 
 class LayerScores(Scores):
     """Cross-validated scores of one layer."""
+
+    uncalibrated: Scores | None = None
+    """What a calibrator changes (Brier, NLL, both ECE), without it; null without calibration."""
+
+    C: list[float | None] = Field(default_factory=list)
+    """The penalty's inverse strength that each fold chose; null where the estimator has none."""
 
     layer: int
     """Entry of the `hidden_states` tuple."""
 
 
+class Calibration(AnswerModel):
+    """The whole procedure's score on held-out rows, before and after calibration."""
+
+    method: str
+    """`platt`, `isotonic` or `temperature`."""
+
+    before: Scores
+    """Of the probabilities as the estimator gives them."""
+
+    after: Scores
+    """Of the calibrated ones; the same as `held_out`."""
+
+    calibrator: dict[str, Any]
+    """Of the probe that is kept: `kind`, `rows` it learned from, and its parameters (or the number of its points)."""
+
+
+class Selectivity(AnswerModel):
+    """Probe against control task at the chosen layer (Hewitt & Liang 2019)."""
+
+    layer: int
+    """The chosen layer."""
+
+    metric: str
+    """`accuracy`, or `r2` of a regression."""
+
+    probe: Figure
+    """Of the probe at this layer, on held-out rows."""
+
+    control: Figure
+    """Of the same estimator on labels drawn at random for each type, on held-out rows, types on both sides."""
+
+    selectivity: Figure
+    """`probe` minus `control`."""
+
+    training: float
+    """Of the control on the rows it was fitted on: how well the estimator learns by heart."""
+
+    types: int
+    """Groups, or inputs, that have a label of their own in the control task."""
+
+    recurring: int
+    """Rows whose type occurs more than once; with none the control is at chance, whatever the estimator."""
+
+    draws: int
+    """Control tasks that were averaged."""
+
+
 class Report(AnswerModel):
     """What a sweep found, and how."""
+
+    task: str | None = None
+    """`binary`, `multiclass` or `regression`."""
+
+    n: int | None = None
+    """Rows."""
+
+    class_counts: list[int] = Field(default_factory=list)
+    """Rows of each class."""
+
+    settings: dict[str, Any] = Field(default_factory=dict)
+    """Of the probe that is kept: `C`, `C_candidates`, `standardize`."""
+
+    seed: int | None = None
+    """Of folds, resamples, shuffles and estimators."""
+
+    bootstrap: int | None = None
+    """Resamples behind each interval."""
+
+    folds: dict[str, Any] = Field(default_factory=dict)
+    """`kind` (given, random, stratified, grouped), `count`, `sizes`, `training_only`, `clusters` that were kept on one
+    side, `seed`, `sha256` of the assignment, `near_duplicates` with its threshold."""
+
+    protocol: str | None = None
+    """Which rows chose what and which rows scored it, in sentences."""
 
     layers: list[LayerScores]
     """Out-of-fold scores of every layer."""
 
     best_layer: int
-    """The layer with the highest cross-validated AUROC; the probe is fitted there on all rows."""
+    """The layer with the highest cross-validated AUROC (R2 of a regression); the probe is fitted there on all rows."""
 
     held_out: Scores
     """Score of the whole procedure, the choice of the layer included, on rows that took no part in it."""
@@ -167,11 +300,18 @@ class Report(AnswerModel):
     baselines: dict[str, Any] = Field(default_factory=dict)
     """Scores of what the probe is compared with."""
 
-    selectivity: dict[str, Any] | None = None
-    """Probe against control task; null when not asked for."""
+    calibration: Calibration | None = None
+    """Before and after; null without calibration."""
+
+    selectivity: Selectivity | None = None
+    """Probe against control task; null when not asked for, or too few rows to draw one."""
+
+    confidence: dict[str, Any] | None = None
+    """Probe and model side by side; null when the model's own confidence is not known."""
 
     thresholds: dict[str, Any] = Field(default_factory=dict)
-    """Decision thresholds by name."""
+    """Binary: `default` (0.5), and `target_fpr`, `youden` and `f1`, each with its `threshold` and what that gives on
+    held-out rows."""
 
     warnings: list[str] = Field(default_factory=list)
     """What a careful reader should know."""
@@ -221,65 +361,3 @@ class Probe(AnswerModel):
 
     links: dict[str, str] = Field(default_factory=dict)
     """Paths of what belongs to it."""
-
-
-class PredictRequest(WorkRequest):
-    """`POST /v1/probes/{id}/predict`."""
-
-    inputs: list[Input] | None = Field(default=None, min_length=1, fail_fast=True)
-    """New texts, extracted under the probe's own identity."""
-
-    extraction: str | None = Field(default=None, max_length=64)
-    """States that exist already, instead of inputs."""
-
-    variant: str | None = Field(default=None, max_length=64)
-    """Which variant of a paired extraction to read; by default the one that has the probe's own adapter."""
-
-    per_token: bool = False
-    """One score for every token."""
-
-    transfer: bool = False
-    """Use the probe on states of another identity, and mark the answer."""
-
-    also: list[str] = Field(default_factory=list, max_length=64)
-    """Further probes to read in the same pass over the model."""
-
-    @model_validator(mode="after")
-    def _one_source(self) -> PredictRequest:
-        if (self.inputs is None) == (self.extraction is None):
-            raise ValueError("give either inputs or extraction")
-        return self
-
-
-class Prediction(AnswerModel):
-    """What a probe says of texts."""
-
-    id: str
-    """`prd_…`."""
-
-    job: str
-    """The job that made it."""
-
-    probe: str
-    """The probe."""
-
-    classes: list[Label]
-    """The classes, in the order of the probabilities."""
-
-    probabilities: list[list[float]] = Field(default_factory=list)
-    """One row an input, one column a class; empty in lists."""
-
-    labels: list[Label] = Field(default_factory=list)
-    """The most probable class of each input; empty in lists."""
-
-    identity: Identity
-    """The states that were read."""
-
-    transfer: bool = False
-    """Whether the probe was used on states of another identity than its own."""
-
-    created_at: Time
-    """When it was committed."""
-
-    expires_at: Time | None = None
-    """When it is forgotten; null is never."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,6 +12,36 @@ from scipy.special import expit, softmax
 
 Floats = NDArray[np.float64]
 Codes = NDArray[np.int64]
+
+
+class Fit(Protocol):
+    """A fitted probe, in numpy alone: what it was learned with is forgotten.
+
+    The docstring of each kind gives the formula from its tensors to decision values. The way from decision values to
+    probabilities is the same for all: the logistic function of one column, the softmax of several (`probabilities`).
+    """
+
+    @property
+    def kind(self) -> str:
+        """The formula: `linear`, `mlp`, `attention` or `max_mean`."""
+        ...
+
+    @property
+    def converged(self) -> bool:
+        """Whether the solver reached its tolerance."""
+        ...
+
+    def decision_function(self, X: Any) -> Floats:
+        """Log-odds of the positive class (rows,), one score a class (rows, classes), or predicted values (rows,)."""
+        ...
+
+    def predict_proba(self, X: Any) -> Floats:
+        """Probabilities of the classes, (rows, classes). Means nothing for regression."""
+        ...
+
+    def tensors(self) -> dict[str, Floats]:
+        """What the formula needs, by name, in a fixed order."""
+        ...
 
 
 class Estimator(Protocol):
@@ -22,18 +53,31 @@ class Estimator(Protocol):
         ...
 
     @property
+    def tasks(self) -> frozenset[str]:
+        """Which of `binary`, `multiclass` and `regression` it can learn."""
+        ...
+
+    @property
+    def reads(self) -> Literal["pooled", "tokens"]:
+        """Whether `X` is one vector a row or a `TokenStates`."""
+        ...
+
+    @property
     def penalties(self) -> tuple[float, ...]:
-        """The settings among which the sweep chooses; one entry when there is nothing to choose."""
+        """The settings (inverse strengths C) among which the sweep chooses; one entry when there is nothing to choose,
+        nan where the estimator has no penalty."""
         ...
 
     def with_penalty(self, penalty: float) -> Estimator:
         """The same estimator with one of its penalties only."""
         ...
 
-    def fit_path(self, X: Floats, y: Codes, classes: int) -> list[LinearFit]:
-        """Fit states `X` (rows, hidden) to codes `y` (rows,) in [0, classes): one fit a penalty, in their order.
+    def fit_path(self, X: Any, y: NDArray[Any], classes: int) -> Sequence[Fit]:
+        """Fit states `X` to `y` (rows,): one fit a penalty, in their order.
 
-        Every class occurs in `y`. Nothing outside these rows is looked at.
+        `X` is (rows, hidden) of any float dtype, or a `TokenStates` for an estimator that reads tokens. `y` holds
+        codes in [0, classes), each of which occurs; with `classes == 0` it holds float64 values (regression).
+        Nothing outside these rows is looked at.
         """
         ...
 
@@ -42,7 +86,8 @@ class Estimator(Protocol):
 class LinearFit:
     """A fitted linear probe, in the space of the raw states.
 
-    Binary probes have one row of coefficients, that of the positive class; others one a class.
+    Decision values are `X @ weights.T + intercept`. Binary and regression probes have one row of weights (that of the
+    positive class), and their decision values lose the column; others have one a class.
     """
 
     coef: Floats
@@ -60,14 +105,20 @@ class LinearFit:
     converged: bool = True
     """Whether the solver reached its tolerance."""
 
+    kind: ClassVar[str] = "linear"
+
     def decision_function(self, X: Floats) -> Floats:
-        """Log-odds of the positive class (rows,), or one score a class (rows, classes)."""
+        """Log-odds of the positive class (rows,), one score a class (rows, classes), or predicted values (rows,)."""
         scores: Floats = X @ self.coef.T + self.intercept
         return scores[:, 0] if len(self.coef) == 1 else scores
 
     def predict_proba(self, X: Floats) -> Floats:
         """Probabilities, (rows, classes)."""
         return probabilities(self.decision_function(X))
+
+    def tensors(self) -> dict[str, Floats]:
+        """`weights` (outputs, hidden), `intercept` (outputs,), and, for the record, `mean` and `scale` (hidden,)."""
+        return {"weights": self.coef, "intercept": self.intercept, "mean": self.mean, "scale": self.scale}
 
 
 @dataclass(frozen=True)
@@ -101,6 +152,18 @@ class Standardizer:
         """The probe on raw states that equals `coef`, `intercept` on standardised ones."""
         raw = coef / self.scale
         return LinearFit(raw, intercept - raw @ self.mean, self.mean, self.scale, converged)
+
+
+def checked(X: NDArray[Any], y: NDArray[Any], classes: int) -> Floats:
+    """The states in float64. Raises ValueError unless every class occurs among the codes."""
+    check_classes(y, classes)
+    return np.asarray(X, dtype=np.float64)
+
+
+def check_classes(y: NDArray[Any], classes: int) -> None:
+    """Raise ValueError unless every class occurs among the codes."""
+    if classes and len(np.unique(y)) != classes:
+        raise ValueError("every class must occur among the training rows")
 
 
 def probabilities(scores: Floats) -> Floats:

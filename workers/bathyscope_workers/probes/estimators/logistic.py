@@ -1,40 +1,27 @@
-"""Logistic regression with an L2 penalty, through scikit-learn.
+"""Logistic regression with an L2 penalty.
 
 The objective is scikit-learn's: C times the sum of the rows' negative log-likelihoods plus half the squared norm
 of the weights, intercept unpenalised; with more than two classes the likelihood is multinomial.
 
-Hidden states have more features than a probe has rows, and then the work can be done among the rows: the best
-weights lie in the span of the (standardised) training rows Z (n, p), since a component across it costs penalty
-and changes no score. Both ways are exact:
-
-- two classes: w = Zᵀa, with Newton steps for a on the Gram matrix ZZᵀ (`_kernel_newton`);
-- more: with Zᵀ = QR, Q (p, n) with orthonormal columns, w = Qv has the norm of v and scores Zw = Rᵀv, so fitting v
-  on the n x n matrix Rᵀ is the same problem with n unknowns in place of p.
-
-All penalties of a path share the Gram matrix or the factorisation. With more rows than features scikit-learn solves
-the problem as it stands.
+All training sets of a layer and all penalties are solved together (`_batched`): what they share is computed once, the
+work is done among the rows in float32, and float64 finishes and certifies it. What cannot be certified so is solved
+again on its own (`_exact`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
-from sklearn.linear_model import LogisticRegression
+from numpy.typing import NDArray
 
-from bathyscope_workers.probes.estimators import _kernel_newton
-from bathyscope_workers.probes.estimators._base import Codes, Floats, LinearFit, Standardizer
+from bathyscope_workers.probes.estimators._base import Codes, LinearFit, check_classes
+from bathyscope_workers.probes.estimators._exact import solve_exactly
 
 DEFAULT_C = (0.01,)
 """Strong shrinkage: standardised hidden states have hundreds of correlated features and few labelled rows."""
-
-_TOLERANCE = 1e-8
-_MAX_ITERATIONS = 2000
-_MAX_NEWTON_FEATURES = 640
-"""Above this a Newton step (cubic in features) costs more than the L-BFGS steps it replaces."""
-
-_MAX_REDUCED_ROWS = 1536
-"""Above this the Gram matrix or the factorisation (cubic in rows) costs more than it saves."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +40,16 @@ class LogisticEstimator:
         return "logistic"
 
     @property
+    def tasks(self) -> frozenset[str]:
+        """Classes, two or more."""
+        return frozenset({"binary", "multiclass"})
+
+    @property
+    def reads(self) -> Literal["pooled", "tokens"]:
+        """One vector a row."""
+        return "pooled"
+
+    @property
     def penalties(self) -> tuple[float, ...]:
         """The values of C."""
         return self.C
@@ -61,52 +58,30 @@ class LogisticEstimator:
         """The same with this C alone."""
         return replace(self, C=(penalty,))
 
-    def fit_path(self, X: Floats, y: Codes, classes: int) -> list[LinearFit]:
+    def fit_path(self, X: NDArray[np.floating], y: Codes, classes: int) -> list[LinearFit]:
         """Fit states `X` (rows, hidden), any float dtype, to codes `y` (rows,): one fit for each C, in float64."""
-        X = np.asarray(X, dtype=np.float64)
-        if len(np.unique(y)) != classes:
-            raise ValueError("every class must occur among the training rows")
-        standardizer = Standardizer.fit(X, scale=self.standardize)
-        Z = standardizer.transform(X)
-        rows, hidden = Z.shape
-        if rows >= hidden or rows > _MAX_REDUCED_ROWS:
-            solved = [_solve(Z, y, classes, strength) for strength in self.C]
-        elif classes == 2:
-            solved = _solve_among_rows(Z, y, self.C)
-        else:
-            basis, R = np.linalg.qr(Z.T)  # (hidden, rows), (rows, rows)
-            rotated = np.ascontiguousarray(R.T)
-            solved = [_rotate(_solve(rotated, y, classes, strength), basis) for strength in self.C]
-        return [standardizer.to_raw(coef, intercept, converged=converged) for coef, intercept, converged in solved]
+        return self.fit_folds(X, y, classes, [np.arange(len(y))])[0]
 
+    def fit_folds(
+        self, X: NDArray[np.floating], y: Codes, classes: int, trainings: Sequence[NDArray[np.int64]]
+    ) -> list[list[LinearFit]]:
+        """`fit_path(X[rows], y[rows], classes)` for each of `trainings` (arrays of rows), sharing their work."""
+        from bathyscope_workers.probes.estimators._batched import SharedStates, solve_path
+        from bathyscope_workers.probes.estimators._torch import best_device, one_thread
 
-_Solution = tuple[Floats, Floats, bool]
-"""Coefficients (1 or classes, features), intercepts, and whether the tolerance was reached."""
-
-
-def _solve(Z: Floats, y: Codes, classes: int, C: float) -> _Solution:
-    newton = classes == 2 and Z.shape[1] <= _MAX_NEWTON_FEATURES
-    model = LogisticRegression(
-        C=C,
-        solver="newton-cholesky" if newton else "lbfgs",
-        tol=_TOLERANCE,
-        max_iter=_MAX_ITERATIONS,
-    ).fit(Z, y)
-    return model.coef_, model.intercept_, bool(np.max(model.n_iter_) < _MAX_ITERATIONS)
-
-
-def _solve_among_rows(Z: Floats, y: Codes, strengths: tuple[float, ...]) -> list[_Solution]:
-    gram = Z @ Z.T
-    rate = float(np.mean(y))
-    start = (np.zeros(len(y)), float(np.log(rate / (1 - rate))))
-    found = []
-    for strength in strengths:
-        a, b, converged = _kernel_newton.solve(gram, y, strength, start)
-        found.append(((a @ Z)[None, :], np.array([b]), converged))
-        start = (a, b)
-    return found
-
-
-def _rotate(solution: _Solution, basis: Floats) -> _Solution:
-    coef, intercept, converged = solution
-    return coef @ basis.T, intercept, converged
+        states = np.asarray(X, dtype=np.float64)
+        for rows in trainings:
+            check_classes(y[rows], classes)
+        with one_thread():
+            shared = SharedStates(states, standardize=self.standardize, device=best_device())
+            standardizers = shared.standardizers(trainings)
+            found = solve_path(shared, trainings, standardizers, y, classes, self.C)
+        fits: list[list[LinearFit]] = []
+        for rows, standardizer, path in zip(trainings, standardizers, found, strict=True):
+            fits.append([])
+            for strength, (coef, intercept, converged) in zip(self.C, path, strict=True):
+                if not converged:
+                    Z = standardizer.transform(states[rows])
+                    coef, intercept, converged = solve_exactly(Z, y[rows], classes, strength)
+                fits[-1].append(standardizer.to_raw(coef, intercept, converged=converged))
+        return fits

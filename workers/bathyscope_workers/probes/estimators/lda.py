@@ -1,0 +1,78 @@
+"""Linear discriminant analysis with Ledoit-Wolf shrinkage.
+
+What `LinearDiscriminantAnalysis(solver="lsqr", shrinkage="auto")` of scikit-learn computes: the covariance within each
+class is shrunk (on features scaled by their deviation within the class), the classes' covariances are averaged by their
+frequencies, and Bayes' rule for Gaussians with that covariance gives linear scores with the logarithms of the
+frequencies in the intercepts. scikit-learn solves for the features' covariance by singular values, which takes seconds
+at 2,048 features; the same numbers come from among the rows (`_covariance`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bathyscope_workers.probes.estimators._base import Codes, Floats, LinearFit, Standardizer, checked
+from bathyscope_workers.probes.estimators._covariance import Covariance, ledoit_wolf
+
+
+@dataclass(frozen=True)
+class LDAEstimator:
+    """Shrunk linear discriminant analysis; there is no penalty to choose."""
+
+    standardize: bool = True
+    """Divide each feature by its deviation over the training rows. Shrinkage scales features itself: this changes
+    little."""
+
+    @property
+    def name(self) -> str:
+        """`lda`."""
+        return "lda"
+
+    @property
+    def tasks(self) -> frozenset[str]:
+        """Classes, two or more."""
+        return frozenset({"binary", "multiclass"})
+
+    @property
+    def reads(self) -> Literal["pooled", "tokens"]:
+        """One vector a row."""
+        return "pooled"
+
+    @property
+    def penalties(self) -> tuple[float, ...]:
+        """None: nan."""
+        return (float("nan"),)
+
+    def with_penalty(self, penalty: float) -> LDAEstimator:
+        """Itself."""
+        return self
+
+    def fit_path(self, X: NDArray[np.floating], y: Codes, classes: int) -> list[LinearFit]:
+        """Fit states `X` (rows, hidden), any float dtype, to codes `y` (rows,): one fit."""
+        X = checked(X, y, classes)
+        standardizer = Standardizer.fit(X, scale=self.standardize)
+        Z = standardizer.transform(X)
+        frequencies = np.bincount(y, minlength=classes) / len(y)
+        means = np.stack([Z[y == code].mean(axis=0) for code in range(classes)])
+        coef = _within(Z, y, frequencies).solve(means)
+        intercept = np.log(frequencies) - (means * coef).sum(axis=1) / 2
+        if classes == 2:
+            coef, intercept = coef[1:] - coef[:1], intercept[1:] - intercept[:1]
+        return [standardizer.to_raw(coef, intercept)]
+
+
+def _within(Z: Floats, y: Codes, frequencies: Floats) -> Covariance:
+    diagonal = np.zeros(Z.shape[1])
+    factor = np.empty_like(Z)
+    for code, frequency in enumerate(frequencies):
+        members = y == code
+        own = Standardizer.fit(Z[members])
+        centred = own.transform(Z[members])
+        weight, multiple = ledoit_wolf(centred)
+        diagonal += frequency * weight * multiple * np.square(own.scale)
+        factor[members] = centred * own.scale * np.sqrt(frequency * (1 - weight) / len(centred))
+    return Covariance(diagonal, factor)

@@ -1,0 +1,160 @@
+"""A small multi-layer perceptron: one hidden layer of rectified units, by scikit-learn.
+
+Adam on minibatches, with weight decay, until the score on a tenth of the training rows has not risen for a while
+(`early_stopping`); the weights of the best epoch are kept. That tenth is drawn from the training rows by the seed,
+stratified by class; where there are too few rows for it training ends when the loss no longer falls.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from sklearn.neural_network import MLPClassifier, MLPRegressor
+
+from bathyscope_workers.probes.estimators._base import Floats, Standardizer, checked, probabilities
+
+DEFAULT_MLP_C = (1.0,)
+"""Of standardised states; 1 / C is scikit-learn's alpha."""
+
+UNITS = 64
+_MAX_EPOCHS = 500
+_PATIENCE = 20
+_HELD_OUT = 0.1
+_FEW = 50
+
+
+@dataclass(frozen=True)
+class MLPFit:
+    """A fitted perceptron.
+
+    Decision values are `relu(((X - mean) / scale) @ hidden_weights.T + hidden_bias) @ weights.T + intercept`; of binary
+    and regression probes, which have one output, without the column.
+    """
+
+    mean: Floats
+    """Mean of the training rows, (hidden,)."""
+
+    scale: Floats
+    """What a feature is divided by, (hidden,)."""
+
+    hidden_weights: Floats
+    """(units, hidden)."""
+
+    hidden_bias: Floats
+    """(units,)."""
+
+    weights: Floats
+    """(1 or classes, units)."""
+
+    intercept: Floats
+    """(1 or classes,)."""
+
+    converged: bool = True
+    """Whether training ended before the last epoch allowed."""
+
+    kind: ClassVar[str] = "mlp"
+
+    def decision_function(self, X: NDArray[Any]) -> Floats:
+        """Log-odds of the positive class (rows,), one score a class (rows, classes), or predicted values (rows,)."""
+        active = np.maximum(((X - self.mean) / self.scale) @ self.hidden_weights.T + self.hidden_bias, 0.0)
+        scores: Floats = active @ self.weights.T + self.intercept
+        return scores[:, 0] if len(self.weights) == 1 else scores
+
+    def predict_proba(self, X: NDArray[Any]) -> Floats:
+        """Probabilities, (rows, classes)."""
+        return probabilities(self.decision_function(X))
+
+    def tensors(self) -> dict[str, Floats]:
+        """The six arrays of the formula."""
+        return {
+            "mean": self.mean,
+            "scale": self.scale,
+            "hidden_weights": self.hidden_weights,
+            "hidden_bias": self.hidden_bias,
+            "weights": self.weights,
+            "intercept": self.intercept,
+        }
+
+
+@dataclass(frozen=True)
+class MLPEstimator:
+    """A perceptron on standardised states, one fit for each `C`."""
+
+    C: tuple[float, ...] = DEFAULT_MLP_C
+    """Inverse strengths of the weight decay."""
+
+    standardize: bool = True
+    """Divide each feature by its deviation over the training rows."""
+
+    seed: int = 0
+    """Of the first weights, the minibatches and the rows that end training."""
+
+    @property
+    def name(self) -> str:
+        """`mlp`."""
+        return "mlp"
+
+    @property
+    def tasks(self) -> frozenset[str]:
+        """All of them."""
+        return frozenset({"binary", "multiclass", "regression"})
+
+    @property
+    def reads(self) -> Literal["pooled", "tokens"]:
+        """One vector a row."""
+        return "pooled"
+
+    @property
+    def penalties(self) -> tuple[float, ...]:
+        """The values of C."""
+        return self.C
+
+    def with_penalty(self, penalty: float) -> MLPEstimator:
+        """The same with this C alone."""
+        return replace(self, C=(penalty,))
+
+    def fit_path(self, X: NDArray[np.floating], y: NDArray[Any], classes: int) -> list[MLPFit]:
+        """Fit states `X` (rows, hidden), any float dtype, to codes or values `y` (rows,): one fit for each C."""
+        X = checked(X, y, classes)
+        standardizer = Standardizer.fit(X, scale=self.standardize)
+        Z = standardizer.transform(X).astype(np.float32)
+        return [self._fit(Z, y, classes, strength, standardizer) for strength in self.C]
+
+    def _fit(self, Z: NDArray[Any], y: NDArray[Any], classes: int, C: float, standardizer: Standardizer) -> MLPFit:
+        shift, stretch = 0.0, 1.0
+        settings = {
+            "hidden_layer_sizes": (UNITS,),
+            "alpha": 1 / C,
+            "max_iter": _MAX_EPOCHS,
+            "n_iter_no_change": _PATIENCE,
+            "validation_fraction": _HELD_OUT,
+            "early_stopping": _enough(y, classes),
+            "random_state": self.seed,
+        }
+        if classes:
+            model = MLPClassifier(**settings).fit(Z, y)
+        else:
+            shift, stretch = float(np.mean(y)), float(np.std(y)) or 1.0
+            model = MLPRegressor(**settings).fit(Z, (y - shift) / stretch)
+        first, second = (np.ascontiguousarray(weights.T, dtype=np.float64) for weights in model.coefs_)
+        bias, intercept = (values.astype(np.float64) for values in model.intercepts_)
+        return MLPFit(
+            standardizer.mean,
+            standardizer.scale,
+            first,
+            bias,
+            stretch * second,
+            stretch * intercept + shift,
+            converged=model.n_iter_ < _MAX_EPOCHS,
+        )
+
+
+def _enough(y: NDArray[Any], classes: int) -> bool:
+    """Whether a tenth of the rows can be spared, with a row of every class on both sides."""
+    if len(y) < _FEW:
+        return False
+    return not classes or (np.bincount(y).min() >= 2 and math.ceil(_HELD_OUT * len(y)) >= classes)
