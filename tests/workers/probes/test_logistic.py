@@ -5,8 +5,7 @@ import pytest
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
-from bathyscope.errors import InvalidRequest, NotBuilt
-from bathyscope_workers.probes.estimators import DEFAULT_C, LogisticEstimator, Standardizer, make_estimator
+from bathyscope_workers.probes.estimators import LogisticEstimator, Standardizer
 
 
 def problem(rows: int, hidden: int, classes: int, seed: int = 0) -> tuple[Any, Any]:
@@ -25,9 +24,9 @@ def problem(rows: int, hidden: int, classes: int, seed: int = 0) -> tuple[Any, A
 @pytest.mark.parametrize(
     ("rows", "hidden", "classes", "strengths"),
     [
-        (120, 300, 2, (1e-4, 1e-2, 1.0, 100.0)),  # Newton among the rows
-        (300, 60, 2, (1e-3, 1.0)),  # as it stands
-        (90, 200, 4, (1e-3, 1e-1)),  # rotated
+        (120, 300, 2, (1e-4, 1e-2, 1.0, 100.0)),  # more features than rows
+        (300, 60, 2, (1e-3, 1.0)),  # more rows than features
+        (90, 200, 4, (1e-3, 1e-1)),
         (200, 40, 3, (1e-2,)),
     ],
 )
@@ -50,14 +49,14 @@ def test_equals_scikit_learn(
 
 @pytest.mark.parametrize("strength", [1e-6, 1e-2, 1.0, 1e4])
 def test_the_gradient_vanishes(strength: float) -> None:
-    """At the optimum w = C Zᵀ(y - p), and the residuals sum to 0."""
+    """At the optimum w = C Zᵀ(y - p), and the residuals sum to 0, within what a score error of 1e-5 makes of it."""
     X, y = problem(80, 200, 2, seed=3)
     fit = LogisticEstimator(C=(strength,)).fit_path(X, y, 2)[0]
     residual = y - fit.predict_proba(X)[:, 1]
     Z = (X - X.mean(0)) / X.std(0)
     expected = strength * Z.T @ residual
     np.testing.assert_allclose(fit.coef[0] * fit.scale, expected, atol=1e-6 * np.abs(expected).max())
-    assert abs(residual.sum()) < 1e-7
+    assert abs(residual.sum()) < 1e-5 * len(y) / 4
 
 
 def test_a_path_equals_single_fits() -> None:
@@ -114,17 +113,6 @@ def test_a_planted_direction_is_found() -> None:
     X = rng.normal(size=(2000, 64)) + np.outer(2.0 * y, direction)
     coef = LogisticEstimator(C=(0.01,)).fit_path(X, y, 2)[0].coef[0]
     assert coef @ direction / np.linalg.norm(coef) > 0.95
-
-
-def test_make_estimator() -> None:
-    assert make_estimator("logistic").penalties == DEFAULT_C
-    assert make_estimator("logistic", C=[1, 0.1, 1]).penalties == (0.1, 1.0)
-    with pytest.raises(NotBuilt, match="logistic"):
-        make_estimator("ridge")
-    for arguments, pointer in (({"name": "forest"}, "/estimator"), ({"name": "logistic", "C": [0.0]}, "/C")):
-        with pytest.raises(InvalidRequest) as caught:
-            make_estimator(**arguments)  # type: ignore[arg-type]
-        assert caught.value.errors[0]["pointer"] == pointer
 
 
 def test_every_class_must_be_there() -> None:

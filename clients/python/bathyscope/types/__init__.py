@@ -45,6 +45,8 @@ from bathyscope.types.jobs import ENDED, Job, JobEvent, JobKind, JobStatus, Webh
 from bathyscope.types.models import LayerError, LoadRequest, Model, Residency, SelfTest
 from bathyscope.types.predictions import Prediction, PredictRequest, Reading, TokenScore
 from bathyscope.types.probes import (
+    BrierDecomposition,
+    Calibration,
     Figure,
     Label,
     LayerScores,
@@ -53,6 +55,7 @@ from bathyscope.types.probes import (
     ReliabilityBin,
     Report,
     Scores,
+    Selectivity,
     WeightsFormat,
 )
 from bathyscope.types.service import AuditEntry, Health, KeyLimits, KeyUse, Readiness, Version, WhoAmI
@@ -66,6 +69,8 @@ __all__ = [
     "AdapterTensors",
     "AnswerModel",
     "AuditEntry",
+    "BrierDecomposition",
+    "Calibration",
     "ChoiceScores",
     "Choices",
     "ComputeDtype",
@@ -113,6 +118,7 @@ __all__ = [
     "Residency",
     "Scored",
     "Scores",
+    "Selectivity",
     "SelfTest",
     "TinkerModel",
     "TinkerModels",

@@ -32,8 +32,7 @@ SCORE_TOLERANCE = 1e-5
 
 _MAX_ROUNDS = 8
 _CUDA_BYTES = 2**31
-"""Of float32 states and Gram matrices that are on a CUDA device side by side. On the CPU one training set at a time
-keeps its Gram matrix in the cache."""
+"""Of float32 states and Gram matrices that are on a CUDA device at a time."""
 
 
 class SharedStates:
@@ -84,15 +83,19 @@ def solve_path(
     `y` holds the codes of all rows. The result is by training set, then by C in the order given; "converged" means that
     decision values are certain to be within `SCORE_TOLERANCE`.
     """
-    longest = max(len(rows) for rows in trainings)
-    at_once = 1
-    if shared.exact.device.type == "cuda":
-        at_once = max(1, _CUDA_BYTES // (4 * longest * (longest + shared.exact.shape[1])))
+    count = at_once(shared, max(len(rows) for rows in trainings))
     found: list[list[Solution]] = []
-    for first in range(0, len(trainings), at_once):
-        some = slice(first, first + at_once)
+    for first in range(0, len(trainings), count):
+        some = slice(first, first + count)
         found += _Batch(shared, trainings[some], standardizers[some], y, classes).solve(strengths)
     return found
+
+
+def at_once(shared: SharedStates, longest: int) -> int:
+    """How many training sets of up to `longest` rows are solved side by side."""
+    if shared.exact.device.type == "cpu":
+        return 1  # whose Gram matrix stays in the cache
+    return max(1, _CUDA_BYTES // (4 * longest * (longest + shared.exact.shape[1])))
 
 
 class _Batch:
@@ -230,4 +233,5 @@ def _gram(Z: Tensor) -> Tensor:
     """ZZᵀ of each set, (sets, rows, rows). On the CPU by numpy, which computes one triangle only."""
     if Z.device.type != "cpu":
         return Z @ Z.transpose(1, 2)
-    return torch.stack([torch.from_numpy(each @ each.T) for each in Z.numpy()])
+    with np.errstate(over="ignore", invalid="ignore"):  # then nothing is certified
+        return torch.stack([torch.from_numpy(each @ each.T) for each in Z.numpy()])
