@@ -15,7 +15,7 @@ from benchmarks import machine, report
 from benchmarks.bench import Bench
 from benchmarks.measure import ForeignLoad
 from benchmarks.report import Row
-from benchmarks.rows import adapters, memory, mixed, one_text
+from benchmarks.rows import adapters, memory, mixed, one_text, probes
 from benchmarks.stack import running
 
 ROWS: dict[str, Callable[[Bench], Row]] = {
@@ -25,6 +25,7 @@ ROWS: dict[str, Callable[[Bench], Row]] = {
     "memory": memory.run,
     "adapters": adapters.traffic,
     "attach": adapters.attach,
+    "probes": probes.logistic,
 }
 _BFLOAT16_ONLY = {"mixed-bfloat16"}
 

@@ -98,7 +98,7 @@ def test_side_by_side_equals_one_after_the_other(hidden: int, classes: int, monk
     X, y = states(100, hidden, classes)
     trainings = [*folds(100, 3), np.arange(60), np.arange(10, 100)]
     _, expected = solve(X, y, classes, trainings, STRENGTHS)
-    monkeypatch.setattr("bathyscope_workers.probes.estimators._batched.at_once", lambda *_: 5)
+    monkeypatch.setattr("bathyscope_workers.probes.estimators._batched.side_by_side", lambda _: True)
     standardizers, found = solve(X, y, classes, trainings, STRENGTHS)
     for rows, standardizer, one, other in zip(trainings, standardizers, found, expected, strict=True):
         Z = standardizer.transform(X[rows])

@@ -135,6 +135,9 @@ class Standardizer:
         With `scale=False` features are centred only, which an unpenalised intercept makes no difference to.
         """
         mean = X.mean(axis=0)
+        same = np.flatnonzero((X[0] == X[-1]) & (X[0] == X[len(X) // 2]))
+        same = same[(X[:, same] == X[0, same]).all(axis=0)]
+        mean[same] = X[0, same]  # and not their rounded mean, beside which they would vary
         if not scale:
             return cls(mean, np.ones_like(mean))
         variance = np.square(X - mean).mean(axis=0)

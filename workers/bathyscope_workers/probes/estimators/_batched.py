@@ -14,7 +14,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 
 import numpy as np
 import torch
@@ -23,16 +22,20 @@ from torch import Tensor
 
 from bathyscope_workers.probes.estimators._base import Codes, Floats, Standardizer
 from bathyscope_workers.probes.estimators._exact import Solution
-from bathyscope_workers.probes.estimators._newton_cg import Problems, Product, newton_step, solve
+from bathyscope_workers.probes.estimators._newton_cg import Problems, Solved, newton_step, solve
 
 Rows = NDArray[np.int64]
 
-SCORE_TOLERANCE = 1e-5
-"""How far decision values on the training rows may be from the optimum's, by the bound above."""
+SCORE_TOLERANCE = 5e-4
+"""How far decision values on the training rows may be from the optimum's, by the bound above; where none is as far as 1
+from the intercept, times the farthest."""
 
+_LEAST = 1e-10
+
+_FINE = 3e-4
 _MAX_ROUNDS = 8
-_CUDA_BYTES = 2**31
-"""Of float32 states and Gram matrices that are on a CUDA device at a time."""
+_BYTES = 2**28
+"""Of Gram matrices and factorisations that are kept at a time."""
 
 
 class SharedStates:
@@ -70,6 +73,7 @@ class SharedStates:
         return found
 
 
+@torch.inference_mode()
 def solve_path(
     shared: SharedStates,
     trainings: Sequence[Rows],
@@ -83,23 +87,22 @@ def solve_path(
     `y` holds the codes of all rows. The result is by training set, then by C in the order given; "converged" means that
     decision values are certain to be within `SCORE_TOLERANCE`.
     """
-    count = at_once(shared, max(len(rows) for rows in trainings))
+    size = 4 * max(len(rows) for rows in trainings) ** 2 * (1 + len(strengths))
+    count = max(1, _BYTES // size)
     found: list[list[Solution]] = []
     for first in range(0, len(trainings), count):
         some = slice(first, first + count)
-        found += _Batch(shared, trainings[some], standardizers[some], y, classes).solve(strengths)
+        found += _Sets(shared, trainings[some], standardizers[some], y, classes).solve(strengths)
     return found
 
 
-def at_once(shared: SharedStates, longest: int) -> int:
-    """How many training sets of up to `longest` rows are solved side by side."""
-    if shared.exact.device.type == "cpu":
-        return 1  # whose Gram matrix stays in the cache
-    return max(1, _CUDA_BYTES // (4 * longest * (longest + shared.exact.shape[1])))
+def side_by_side(device: torch.device) -> bool:
+    """Whether several training sets share each operation. On the CPU one at a time has its Gram matrix in the cache."""
+    return device.type != "cpu"
 
 
-class _Batch:
-    """Training sets that are solved side by side; shorter ones are padded."""
+class _Sets:
+    """Training sets that are finished and checked together; shorter ones are padded."""
 
     def __init__(
         self,
@@ -111,38 +114,26 @@ class _Batch:
     ) -> None:
         device = shared.exact.device
         longest = max(len(rows) for rows in trainings)
-        self._shared = shared
-        self._rows = torch.zeros(len(trainings), longest, dtype=torch.int64, device=device)
-        self._mask = torch.zeros(len(trainings), 1, longest, device=device)
+        self.shared = shared
+        self.rows = torch.zeros(len(trainings), longest, dtype=torch.int64, device=device)
+        self.mask = torch.zeros(len(trainings), 1, longest, device=device)
         for number, rows in enumerate(trainings):
-            self._rows[number, : len(rows)] = torch.from_numpy(rows)
-            self._mask[number, 0, : len(rows)] = 1
+            self.rows[number, : len(rows)] = torch.from_numpy(rows)
+            self.mask[number, 0, : len(rows)] = 1
         mean = np.stack([(one.mean - shared.overall.mean) / shared.overall.scale for one in standardizers])
         unit = np.stack([shared.overall.scale / one.scale for one in standardizers])
-        self._mean, self._unit = torch.from_numpy(mean).to(device), torch.from_numpy(unit).to(device)  # (sets, hidden)
-        codes = torch.from_numpy(y).to(device)[self._rows]
+        self.mean, self.unit = torch.from_numpy(mean).to(device), torch.from_numpy(unit).to(device)  # (sets, hidden)
+        codes = torch.from_numpy(y).to(device)[self.rows]
         columns = torch.ones(1, dtype=torch.int64) if classes == 2 else torch.arange(classes)
-        self._targets = (codes[:, None] == columns.to(device)[:, None]).float()  # (sets, columns, rows)
-        Z = (shared.rough[self._rows] - self._mean.float()[:, None]).mul_(self._unit.float()[:, None])
-        Z *= self._mask.transpose(1, 2)
-        self._reach = Z.square().sum(dim=2).amax(dim=1).sqrt().double()  # |z| of the longest row, (sets,)
-        self._product: Product
-        if Z.shape[1] <= Z.shape[2]:
-            self._product = partial(_times, _gram(Z))
-        else:
-            self._product = partial(_times_outer, Z)
+        self.targets = (codes[:, None] == columns.to(device)[:, None]).float()  # (sets, columns, rows)
 
     def solve(self, strengths: Sequence[float]) -> list[list[Solution]]:
         """By training set, then by C in the order given."""
         order = np.argsort(strengths)
-        path = [float(strengths[place]) for place in order]
-        a, b = self.start()
-        found_a, found_b = [], []
-        for C in path:
-            a, b = solve(self.problems([C]), a, b)
-            found_a.append(a)
-            found_b.append(b)
-        coef, intercept, bound = self.finish(path, torch.stack(found_a, dim=1), torch.stack(found_b, dim=1))
+        C = torch.tensor([float(strengths[place]) for place in order], dtype=torch.float64, device=self.mask.device)
+        step = len(self.rows) if side_by_side(self.mask.device) else 1
+        parts = [_Part(self, slice(first, first + step), C) for first in range(0, len(self.rows), step)]
+        coef, intercept, bound = self._finish(parts, C)
         return [
             [
                 (coef[number, place], intercept[number, place], bool(bound[number, place] <= SCORE_TOLERANCE))
@@ -151,82 +142,105 @@ class _Batch:
             for number in range(len(coef))
         ]
 
-    def problems(self, strengths: Sequence[float]) -> Problems:
-        """Each training set with each of these penalties, training sets first."""
-        sets, count = len(self._rows), len(strengths)
-
-        def product(v: Tensor) -> Tensor:
-            return self._product(v.reshape(sets, -1, v.shape[-1])).reshape(v.shape)
-
-        C = torch.tensor(strengths, dtype=torch.float32, device=self._mask.device)
-        return Problems(
-            product=product,
-            targets=self._targets.repeat_interleave(count, dim=0),
-            mask=self._mask.repeat_interleave(count, dim=0),
-            C=C.repeat(sets)[:, None, None],
-        )
-
-    def start(self) -> tuple[Tensor, Tensor]:
-        """No weights; intercepts that predict the rates of the classes."""
-        rates = (self._targets.sum(dim=2) / self._mask.sum(dim=2)).clamp(1e-6, 1 - 1e-6)
-        intercept = torch.logit(rates) if rates.shape[1] == 1 else rates.log() - rates.log().mean(dim=1, keepdim=True)
-        return torch.zeros_like(self._targets), intercept
-
-    def finish(self, strengths: Sequence[float], a: Tensor, b: Tensor) -> tuple[Floats, Floats, Floats]:
-        """From float32 solutions `a` (sets, penalties, columns, rows), `b` (sets, penalties, columns): coefficients
-        (sets, penalties, columns, hidden), intercepts, and the bounds on the error of scores (sets, penalties)."""
-        problems = self.problems(strengths)
-        exact = self.problems(strengths)
-        exact.targets, exact.mask, exact.C = exact.targets.double(), exact.mask.double(), exact.C.double()
-        exact.C = torch.tensor(strengths, dtype=torch.float64, device=a.device).repeat(len(a))[:, None, None]
-        shape, flat = a.shape, (-1, *a.shape[2:])
-        a, b = a.double(), b.double()
-        before = torch.full(shape[:2], torch.inf, dtype=torch.float64, device=a.device)
+    def _finish(self, parts: Sequence[_Part], C: Tensor) -> tuple[Floats, Floats, Floats]:
+        """In float64: coefficients (sets, penalties, columns, hidden), intercepts, and bounds on the relative error of
+        scores (sets, penalties)."""
+        x = torch.cat([part.x for part in parts]).double()
+        b = torch.cat([part.b for part in parts]).double()
+        reach = torch.cat([part.reach for part in parts])[:, None]
+        strength = C[:, None, None]
+        among_rows = parts[0].gram is not None
+        before = torch.full(x.shape[:2], torch.inf, dtype=torch.float64, device=x.device)
         for number in range(_MAX_ROUNDS + 1):
-            coef = self._weights(a)
+            coef = self._weights(x) if among_rows else x
             scores = self._scores(coef, b)
-            p = exact.chances(scores.reshape(flat))
-            pull = exact.pull(p)
-            residual, drift = pull - a.reshape(flat), pull.sum(dim=2)
-            curvature = (exact.C * exact.mask * p * (1 - p)).sum(dim=2).clamp_min(torch.finfo(torch.float64).tiny)
-            rough = residual.float()
-            gradient = (rough * problems.product(rough)).sum(dim=(1, 2)).clamp_min(0).sqrt().double()
-            bound = self._reach[:, None] * gradient.reshape(shape[:2])
-            bound += (drift.abs() / curvature).amax(dim=1).reshape(shape[:2])
+            p = torch.sigmoid(scores) if x.shape[2] == 1 else torch.softmax(scores, dim=2)
+            pull = strength * self.mask[:, None] * (self.targets[:, None] - p)
+            residual, drift = (pull if among_rows else self._weights(pull)) - x, pull.sum(dim=3)
+            gradient = torch.cat([part.norms(residual[part.sets]) for part in parts])
+            curvature = (strength * self.mask[:, None] * p * (1 - p)).sum(dim=3)
+            shift = drift.abs() / curvature.clamp_min(torch.finfo(torch.float64).tiny)
+            spread = (scores - b[..., None]).abs().amax(dim=(2, 3)).clamp(_LEAST, 1)
+            bound = (reach * gradient + shift.amax(dim=2)) / spread
             bound = torch.where(bound.isfinite(), bound, torch.inf)
-            if number == _MAX_ROUNDS or not ((bound > SCORE_TOLERANCE) & (bound < before / 2)).any():
+            improving = (bound > SCORE_TOLERANCE) & (bound < before / 2)
+            if number == _MAX_ROUNDS or not improving.any():
                 break
             before = bound
-            step = newton_step(problems, p.float(), rough, drift.float(), tolerance=1e-3)
-            a, b = a + step.a.double().reshape(shape), b + step.b.double().reshape(b.shape)
-        if shape[2] > 1:  # a shift of all classes' intercepts changes no probability
+            for part in parts:
+                part.refine(x, b, p, residual, drift, improving)
+        if x.shape[2] > 1:  # a shift of all classes' intercepts changes no probability
             b -= b.mean(dim=2, keepdim=True)
         return coef.cpu().numpy(), b.cpu().numpy(), bound.cpu().numpy()
 
     def _weights(self, a: Tensor) -> Tensor:
         """Zᵀa in float64, (sets, penalties, columns, hidden)."""
         sets, penalties, columns, _ = a.shape
-        spread = torch.zeros(sets, penalties, columns, len(self._shared.exact), dtype=a.dtype, device=a.device)
-        spread.scatter_add_(3, self._rows[:, None, None].expand(a.shape), a)
-        raw = spread.reshape(-1, spread.shape[3]) @ self._shared.exact
-        raw = raw.reshape(sets, penalties, columns, -1) - a.sum(dim=3, keepdim=True) * self._mean[:, None, None]
-        return raw * self._unit[:, None, None]
+        spread = torch.zeros(sets, penalties, columns, len(self.shared.exact), dtype=a.dtype, device=a.device)
+        spread.scatter_add_(3, self.rows[:, None, None].expand(a.shape), a)
+        raw = spread.reshape(-1, spread.shape[3]) @ self.shared.exact
+        raw = raw.reshape(sets, penalties, columns, -1) - a.sum(dim=3, keepdim=True) * self.mean[:, None, None]
+        return raw * self.unit[:, None, None]
 
     def _scores(self, coef: Tensor, b: Tensor) -> Tensor:
         """Scores of the training rows in float64, (sets, penalties, columns, rows)."""
-        scaled = coef * self._unit[:, None, None]
-        everywhere = scaled.reshape(-1, scaled.shape[3]) @ self._shared.exact.T
-        offset = b - (scaled * self._mean[:, None, None]).sum(dim=3)
+        scaled = coef * self.unit[:, None, None]
+        everywhere = scaled.reshape(-1, scaled.shape[3]) @ self.shared.exact.T
+        offset = b - (scaled * self.mean[:, None, None]).sum(dim=3)
         everywhere = everywhere.reshape(*coef.shape[:3], -1) + offset[..., None]
-        return everywhere.gather(3, self._rows[:, None, None].expand(*coef.shape[:3], -1))
+        return everywhere.gather(3, self.rows[:, None, None].expand(*coef.shape[:3], -1))
 
 
-def _times(K: Tensor, v: Tensor) -> Tensor:
-    return v @ K
+class _Part:
+    """Training sets that are solved side by side in float32, along the path of penalties."""
 
+    def __init__(self, sets: _Sets, part: slice, C: Tensor) -> None:
+        self.sets = part
+        mask, unit = sets.mask[part], sets.unit[part].float()
+        Z = (sets.shared.rough[sets.rows[part]] - sets.mean[part].float()[:, None]).mul_(unit[:, None])
+        if len(mask) > 1:
+            Z *= mask.transpose(1, 2)
+        self.reach = torch.linalg.vector_norm(Z, dim=2).amax(dim=1).double()  # of the longest row, (sets,)
+        among_rows = Z.shape[1] <= Z.shape[2]
+        self.gram = _gram(Z) if among_rows else None
+        targets = sets.targets[part]
+        self._path = [
+            Problems(None if among_rows else Z, self.gram, targets, mask, torch.full_like(mask[:, :, :1], strength))
+            for strength in C.tolist()
+        ]
+        rates = (targets.sum(dim=2) / mask.sum(dim=2)).clamp(1e-6, 1 - 1e-6)
+        b = torch.logit(rates) if rates.shape[1] == 1 else rates.log() - rates.log().mean(dim=1, keepdim=True)
+        found = [Solved(self._path[0].gather(torch.zeros_like(targets)), b)]
+        for problems in self._path:
+            found.append(solve(problems, found[-1]))
+        self._solved = found[1:]
+        self.x = torch.stack([one.x for one in self._solved], dim=1)  # (sets, penalties, columns, rows or hidden)
+        self.b = torch.stack([one.b for one in self._solved], dim=1)  # (sets, penalties, columns)
 
-def _times_outer(Z: Tensor, v: Tensor) -> Tensor:
-    return (v @ Z) @ Z.transpose(1, 2)
+    def norms(self, residual: Tensor) -> Tensor:
+        """Norms of the gradients that residuals (sets, penalties, columns, rows or hidden) stand for."""
+        if self.gram is None:
+            return torch.linalg.vector_norm(residual, dim=(2, 3))
+        problems, shape = self._path[0], residual.shape
+        rough = problems.clean(residual.flatten(1, 2)).float()
+        squares = (rough * problems.lift(rough)).sum(dim=2).reshape(shape[:3])
+        return squares.sum(dim=2).clamp_min(0).sqrt().double()
+
+    def refine(self, x: Tensor, b: Tensor, p: Tensor, residual: Tensor, drift: Tensor, wanted: Tensor) -> None:
+        """Add a Newton step to `x` and `b` (of all sets) for each penalty of these sets that is `wanted`."""
+        for place, (problems, solved) in enumerate(zip(self._path, self._solved, strict=True)):
+            if wanted[self.sets, place].any():
+                chances, rest, shift = (one[self.sets, place] for one in (p, residual, drift))
+                step = newton_step(
+                    problems,
+                    chances.float(),
+                    problems.clean(rest).float(),
+                    shift.float(),
+                    tolerance=_FINE,
+                    preconditioner=solved.preconditioner,
+                )
+                x[self.sets, place] += step.x
+                b[self.sets, place] += step.b
 
 
 def _gram(Z: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 Adam on minibatches, with weight decay, until the score on a tenth of the training rows has not risen for a while
 (`early_stopping`); the weights of the best epoch are kept. That tenth is drawn from the training rows by the seed,
-stratified by class; where there are too few rows for it training ends when the loss no longer falls.
+stratified by class; where there are too few rows for that, training ends when the loss has all but stopped falling.
 """
 
 from __future__ import annotations
@@ -126,13 +126,15 @@ class MLPEstimator:
 
     def _fit(self, Z: NDArray[Any], y: NDArray[Any], classes: int, C: float, standardizer: Standardizer) -> MLPFit:
         shift, stretch = 0.0, 1.0
+        enough = _enough(y, classes)
         settings = {
+            "tol": 1e-4 if enough else 1e-3,
             "hidden_layer_sizes": (UNITS,),
             "alpha": 1 / C,
             "max_iter": _MAX_EPOCHS,
             "n_iter_no_change": _PATIENCE,
             "validation_fraction": _HELD_OUT,
-            "early_stopping": _enough(y, classes),
+            "early_stopping": enough,
             "random_state": self.seed,
         }
         if classes:
