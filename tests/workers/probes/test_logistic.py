@@ -64,7 +64,7 @@ def test_a_path_equals_single_fits() -> None:
     path = LogisticEstimator(C=(1e-3, 1e-1, 10.0)).fit_path(X, y, 2)
     for fit, strength in zip(path, (1e-3, 1e-1, 10.0), strict=True):
         alone = LogisticEstimator(C=(strength,)).fit_path(X, y, 2)[0]
-        np.testing.assert_allclose(fit.decision_function(X), alone.decision_function(X), atol=1e-7)
+        np.testing.assert_allclose(fit.decision_function(X), alone.decision_function(X), atol=1e-4)
 
 
 def test_float32_and_float16_are_fitted_in_float64() -> None:

@@ -91,6 +91,20 @@ def test_one_training_set_alone_and_among_others() -> None:
         np.testing.assert_allclose(intercept, shift, atol=1e-7)
 
 
+@pytest.mark.parametrize("classes", [2, 3])
+def test_training_sets_with_more_and_with_fewer_rows_than_features(classes: int) -> None:
+    X, y = states(150, 80, classes)
+    trainings = [np.arange(40), np.arange(150), np.arange(20, 100), np.arange(70, 150), np.arange(30, 111)]
+    fits = LogisticEstimator(C=(0.01, 1.0)).fit_folds(X, y, classes, trainings)
+    for rows, path in zip(trainings, fits, strict=True):
+        scaler = StandardScaler().fit(X[rows])
+        for C, fit in zip((0.01, 1.0), path, strict=True):
+            reference = LogisticRegression(C=C, tol=1e-8, max_iter=20_000).fit(scaler.transform(X[rows]), y[rows])
+            assert fit.converged
+            expected = reference.decision_function(scaler.transform(X))
+            assert np.abs(fit.decision_function(X) - expected).max() < 1e-3
+
+
 @pytest.mark.parametrize("hidden", [200, 30])
 @pytest.mark.parametrize("classes", [2, 3])
 def test_side_by_side_equals_one_after_the_other(hidden: int, classes: int, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -46,7 +46,8 @@ class SharedStates:
         self._raw = X
         self.overall = overall
         self._standardize = standardize
-        self.exact = torch.from_numpy(overall.transform(X)).to(device)  # (rows, hidden), float64
+        # Cloned, since numpy aligns its memory by chance, and the last bits of products depend on that.
+        self.exact = torch.from_numpy(overall.transform(X)).clone().to(device)  # (rows, hidden), float64
         self.rough = self.exact.float()
 
     def standardizers(self, trainings: Sequence[Rows]) -> list[Standardizer]:
@@ -87,13 +88,20 @@ def solve_path(
     `y` holds the codes of all rows. The result is by training set, then by C in the order given; "converged" means that
     decision values are certain to be within `SCORE_TOLERANCE`.
     """
-    size = 4 * max(len(rows) for rows in trainings) ** 2 * (1 + len(strengths))
-    count = max(1, _BYTES // size)
-    found: list[list[Solution]] = []
-    for first in range(0, len(trainings), count):
-        some = slice(first, first + count)
-        found += _Sets(shared, trainings[some], standardizers[some], y, classes).solve(strengths)
-    return found
+    found: dict[int, list[Solution]] = {}
+    among_rows = [len(rows) <= shared.exact.shape[1] for rows in trainings]
+    for kind in (True, False):
+        places = [place for place, one in enumerate(among_rows) if one == kind]
+        longest = max((len(trainings[place]) for place in places), default=1)
+        width = longest if kind else shared.exact.shape[1]
+        count = max(1, _BYTES // (4 * longest * width * (1 + len(strengths))))
+        for first in range(0, len(places), count):
+            some = places[first : first + count]
+            sets = _Sets(
+                shared, [trainings[place] for place in some], [standardizers[place] for place in some], y, classes
+            )
+            found.update(zip(some, sets.solve(strengths, among_rows=kind), strict=True))
+    return [found[place] for place in range(len(trainings))]
 
 
 def side_by_side(device: torch.device) -> bool:
@@ -113,7 +121,8 @@ class _Sets:
         classes: int,
     ) -> None:
         device = shared.exact.device
-        longest = max(len(rows) for rows in trainings)
+        self.counts = [len(rows) for rows in trainings]
+        longest = max(self.counts)
         self.shared = shared
         self.rows = torch.zeros(len(trainings), longest, dtype=torch.int64, device=device)
         self.mask = torch.zeros(len(trainings), 1, longest, device=device)
@@ -127,12 +136,12 @@ class _Sets:
         columns = torch.ones(1, dtype=torch.int64) if classes == 2 else torch.arange(classes)
         self.targets = (codes[:, None] == columns.to(device)[:, None]).float()  # (sets, columns, rows)
 
-    def solve(self, strengths: Sequence[float]) -> list[list[Solution]]:
-        """By training set, then by C in the order given."""
+    def solve(self, strengths: Sequence[float], *, among_rows: bool) -> list[list[Solution]]:
+        """By training set, then by C in the order given. `among_rows` seeks a in place of the weights."""
         order = np.argsort(strengths)
         C = torch.tensor([float(strengths[place]) for place in order], dtype=torch.float64, device=self.mask.device)
         step = len(self.rows) if side_by_side(self.mask.device) else 1
-        parts = [_Part(self, slice(first, first + step), C) for first in range(0, len(self.rows), step)]
+        parts = [_Part(self, slice(first, first + step), C, among_rows) for first in range(0, len(self.rows), step)]
         coef, intercept, bound = self._finish(parts, C)
         return [
             [
@@ -194,16 +203,16 @@ class _Sets:
 class _Part:
     """Training sets that are solved side by side in float32, along the path of penalties."""
 
-    def __init__(self, sets: _Sets, part: slice, C: Tensor) -> None:
+    def __init__(self, sets: _Sets, part: slice, C: Tensor, among_rows: bool) -> None:
         self.sets = part
-        mask, unit = sets.mask[part], sets.unit[part].float()
-        Z = (sets.shared.rough[sets.rows[part]] - sets.mean[part].float()[:, None]).mul_(unit[:, None])
+        self._longest = max(sets.counts[part])  # of these sets: what others are solved beside changes no bit
+        mask, unit = sets.mask[part][..., : self._longest], sets.unit[part].float()
+        Z = (sets.shared.rough[sets.rows[part, : self._longest]] - sets.mean[part].float()[:, None]).mul_(unit[:, None])
         if len(mask) > 1:
             Z *= mask.transpose(1, 2)
         self.reach = torch.linalg.vector_norm(Z, dim=2).amax(dim=1).double()  # of the longest row, (sets,)
-        among_rows = Z.shape[1] <= Z.shape[2]
         self.gram = _gram(Z) if among_rows else None
-        targets = sets.targets[part]
+        targets = sets.targets[part][..., : self._longest]
         self._path = [
             Problems(None if among_rows else Z, self.gram, targets, mask, torch.full_like(mask[:, :, :1], strength))
             for strength in C.tolist()
@@ -215,31 +224,33 @@ class _Part:
             found.append(solve(problems, found[-1]))
         self._solved = found[1:]
         self.x = torch.stack([one.x for one in self._solved], dim=1)  # (sets, penalties, columns, rows or hidden)
+        if among_rows:
+            self.x = torch.nn.functional.pad(self.x, (0, sets.rows.shape[1] - self._longest))
         self.b = torch.stack([one.b for one in self._solved], dim=1)  # (sets, penalties, columns)
 
     def norms(self, residual: Tensor) -> Tensor:
         """Norms of the gradients that residuals (sets, penalties, columns, rows or hidden) stand for."""
         if self.gram is None:
-            return torch.linalg.vector_norm(residual, dim=(2, 3))
+            return residual.square().sum(dim=(2, 3)).sqrt()
         problems, shape = self._path[0], residual.shape
-        rough = problems.clean(residual.flatten(1, 2)).float()
+        rough = problems.clean(residual[..., : self._longest].flatten(1, 2)).float()
         squares = (rough * problems.lift(rough)).sum(dim=2).reshape(shape[:3])
         return squares.sum(dim=2).clamp_min(0).sqrt().double()
 
     def refine(self, x: Tensor, b: Tensor, p: Tensor, residual: Tensor, drift: Tensor, wanted: Tensor) -> None:
         """Add a Newton step to `x` and `b` (of all sets) for each penalty of these sets that is `wanted`."""
+        width = x.shape[3] if self.gram is None else self._longest
         for place, (problems, solved) in enumerate(zip(self._path, self._solved, strict=True)):
             if wanted[self.sets, place].any():
-                chances, rest, shift = (one[self.sets, place] for one in (p, residual, drift))
                 step = newton_step(
                     problems,
-                    chances.float(),
-                    problems.clean(rest).float(),
-                    shift.float(),
+                    p[self.sets, place, :, : self._longest].float(),
+                    problems.clean(residual[self.sets, place, :, :width]).float(),
+                    drift[self.sets, place].float(),
                     tolerance=_FINE,
                     preconditioner=solved.preconditioner,
                 )
-                x[self.sets, place] += step.x
+                x[self.sets, place, :, :width] += step.x
                 b[self.sets, place] += step.b
 
 

@@ -78,7 +78,10 @@ class Problems:
 
     def lift(self, x: Tensor) -> Tensor:
         """Scores without intercept (problems, columns, rows) of weights or of a: Zw or Ka."""
-        return x @ self.gram if self.states is None else x @ self.states.transpose(1, 2)
+        if self.gram is not None:
+            return x @ self.gram
+        assert self.states is not None
+        return x @ self.states.transpose(1, 2)
 
     def gather(self, v: Tensor) -> Tensor:
         """What residuals (problems, columns, rows) ask of the weights or of a: Zᵀv or v."""
@@ -115,6 +118,7 @@ class Preconditioner:
         curvature = problems.C * (p * (1 - p)).mean(dim=1, keepdim=True)
         least = _LEAST_CURVATURE * curvature.amax(dim=2, keepdim=True) + torch.finfo(p.dtype).tiny
         self._root = curvature.maximum(least).sqrt()  # (problems, 1, rows)
+        assert problems.gram is not None
         B = self._root.transpose(1, 2) * problems.gram * self._root
         B.diagonal(dim1=1, dim2=2).add_(1)
         self._factor, failed = torch.linalg.cholesky_ex(B)

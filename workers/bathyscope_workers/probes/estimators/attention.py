@@ -115,11 +115,11 @@ class AttentionEstimator:
         import torch
 
         from bathyscope_workers.probes.estimators._token_training import TokenProblem, minimise
-        from bathyscope_workers.probes.estimators._torch import best_device, one_thread
+        from bathyscope_workers.probes.estimators._torch import on_best_device
 
         check_rows(X, y, classes)
-        with one_thread():
-            device = best_device()
+
+        def fit(device: torch.device) -> list[AttentionFit]:
             problem = TokenProblem.of(X, y, classes, standardize=self.standardize, device=device)
             hidden, outputs = X.hidden_size, problem.outputs
             absent = ~problem.there
@@ -139,4 +139,6 @@ class AttentionEstimator:
                 weights, intercept = problem.to_raw(directions[1:], start[(1 + outputs) * hidden :])
                 own = problem.standardizer
                 fits.append(AttentionFit(weights, intercept, directions[0] / own.scale, own.mean, own.scale, converged))
-        return fits
+            return fits
+
+        return on_best_device(fit)

@@ -17,8 +17,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from bathyscope_workers.probes.estimators._base import Codes, LinearFit, check_classes
-from bathyscope_workers.probes.estimators._exact import solve_exactly
+from bathyscope_workers.probes.estimators._base import Codes, LinearFit, Standardizer, check_classes
+from bathyscope_workers.probes.estimators._exact import Solution, solve_exactly
 
 DEFAULT_C = (0.01,)
 """Strong shrinkage: standardised hidden states have hundreds of correlated features and few labelled rows."""
@@ -66,16 +66,21 @@ class LogisticEstimator:
         self, X: NDArray[np.floating], y: Codes, classes: int, trainings: Sequence[NDArray[np.int64]]
     ) -> list[list[LinearFit]]:
         """`fit_path(X[rows], y[rows], classes)` for each of `trainings` (arrays of rows), sharing their work."""
+        import torch
+
         from bathyscope_workers.probes.estimators._batched import SharedStates, solve_path
-        from bathyscope_workers.probes.estimators._torch import best_device, one_thread
+        from bathyscope_workers.probes.estimators._torch import on_best_device
 
         states = np.asarray(X, dtype=np.float64)
         for rows in trainings:
             check_classes(y[rows], classes)
-        with one_thread():
-            shared = SharedStates(states, standardize=self.standardize, device=best_device())
+
+        def solve(device: torch.device) -> tuple[list[Standardizer], list[list[Solution]]]:
+            shared = SharedStates(states, standardize=self.standardize, device=device)
             standardizers = shared.standardizers(trainings)
-            found = solve_path(shared, trainings, standardizers, y, classes, self.C)
+            return standardizers, solve_path(shared, trainings, standardizers, y, classes, self.C)
+
+        standardizers, found = on_best_device(solve)
         fits: list[list[LinearFit]] = []
         for rows, standardizer, path in zip(trainings, standardizers, found, strict=True):
             fits.append([])

@@ -120,11 +120,11 @@ class MaxMeanEstimator:
         import torch
 
         from bathyscope_workers.probes.estimators._token_training import TokenProblem, minimise
-        from bathyscope_workers.probes.estimators._torch import best_device, one_thread
+        from bathyscope_workers.probes.estimators._torch import on_best_device
 
         check_rows(X, y, classes)
-        with one_thread():
-            device = best_device()
+
+        def fit(device: torch.device) -> list[MaxMeanFit]:
             problem = TokenProblem.of(X, y, classes, standardize=self.standardize, device=device)
             hidden, outputs = X.hidden_size, problem.outputs
             width = problem.lengths.clamp_max(self.window)[:, None]
@@ -148,4 +148,6 @@ class MaxMeanEstimator:
                 weights, intercept = problem.to_raw(directions, start[outputs * hidden :])
                 own = problem.standardizer
                 fits.append(MaxMeanFit(weights, intercept, self.window, own.mean, own.scale, converged))
-        return fits
+            return fits
+
+        return on_best_device(fit)
