@@ -68,7 +68,7 @@ def entries_of(file: BinaryIO, size: int, limits: Limits, notes: list[str]) -> I
         return _tar_entries(_Gunzip(file, limits).read, limits, notes)
     if start.startswith((b"PK\x03\x04", b"PK\x05\x06")):
         return zip_entries(file, size, limits, notes)
-    if start[257:262] == b"ustar" or _is_header(start):
+    if start[257:262] == b"ustar" or _is_header(start) or start == bytes(_BLOCK):  # zeros are the end of a tar
         return _tar_entries(file.read, limits, notes)
     raise errors.AdapterArchiveUnreadable("the file is no tar, tar.gz or zip archive; pack the adapter's folder as one")
 
@@ -205,10 +205,14 @@ def _tar_entries(read: Callable[[int], bytes], limits: Limits, notes: list[str])
 
 
 def _not_plain(info: tarfile.TarInfo) -> str | None:
-    if info.type in (tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.GNUTYPE_LONGLINK):
-        return "a link"
-    if info.type in (tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE):
-        return "a device or a pipe"
+    if info.type in (tarfile.SYMTYPE, tarfile.GNUTYPE_LONGLINK):
+        return "a symbolic link"
+    if info.type == tarfile.LNKTYPE:
+        return "a hard link"
+    if info.type in (tarfile.CHRTYPE, tarfile.BLKTYPE):
+        return "a device"
+    if info.type == tarfile.FIFOTYPE:
+        return "a pipe"
     if info.type == tarfile.GNUTYPE_SPARSE:
         return "a sparse file"
     if info.type not in (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.DIRTYPE):

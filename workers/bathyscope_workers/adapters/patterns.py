@@ -41,6 +41,9 @@ class _Token:
 class Pattern:
     """One key."""
 
+    MAX_REPEATS = 8
+    """`*` and `+` in it: time goes with their number."""
+
     def __init__(self, key: str) -> None:
         self._anchored = key.startswith("^")
         body = key.removeprefix("^").removesuffix("$")
@@ -61,7 +64,10 @@ class Pattern:
                 self._tokens.append(_Token("literal", found["escaped"] or found["literal"], 1, False))
         if not self._tokens:
             raise PatternFault(key)
-        self.has_wildcard = any(token.many for token in self._tokens)
+        repeats = sum(token.many for token in self._tokens)
+        if repeats > self.MAX_REPEATS:
+            raise PatternFault(key)
+        self.has_wildcard = repeats > 0
 
     def matches(self, path: str) -> bool:
         """Whether the key names this module, or the end of its path after a dot."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import re
+import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -82,15 +83,13 @@ def check_folder(folder: Path, *, others: list[str] | None = None) -> None:
 def _unpack(file: BinaryIO, size: int, folder: Path, limits: Limits) -> Unpacked:
     result = Unpacked()
     homes: dict[str, str] = {}
-    seen: set[str] = set()
+    seen: dict[str, str] = {}
     for entry in entries_of(file, size, limits, result.notes):
         path = _safe_path(entry.name)
-        key = path.casefold()
-        if key in seen:
-            raise errors.AdapterArchiveUnsafe(
-                "the archive holds a path twice, or two that differ in case only; pack it again", names=[entry.name]
-            )
-        seen.add(key)
+        if (other := seen.get(key := _folded(path))) is not None:
+            what = "a path twice" if other == path else "two paths that are taken for the same on some systems"
+            raise errors.AdapterArchiveUnsafe(f"the archive holds {what}; pack it again", names=[other, entry.name])
+        seen[key] = path
         if entry.is_folder:
             continue
         home, _, name = path.rpartition("/")
@@ -105,6 +104,8 @@ def _unpack(file: BinaryIO, size: int, folder: Path, limits: Limits) -> Unpacked
         homes[name] = home
         _write(entry, folder / name)
         result.files.append(name)
+    if not seen:
+        raise errors.AdapterIncomplete("the archive is empty; pack the folder that PEFT or Tinker saved")
     if result.skipped:
         shown = ", ".join(result.skipped[:_MAX_NOTED])
         result.notes.append(f"archive: skipped {len(result.skipped)} other files: {shown}"[:2000])
@@ -139,6 +140,11 @@ def _safe_path(name: str) -> str:
             f"a path in the archive {fault}; pack the adapter's folder with plain relative paths", names=[repr(name)]
         )
     return "/".join(parts)
+
+
+def _folded(path: str) -> str:
+    """What a path is where letters' case, width and composition do not count."""
+    return unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", path).casefold())
 
 
 @contextmanager
