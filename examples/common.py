@@ -78,9 +78,8 @@ def statements(pairs: int | None = None) -> tuple[list[Statement], list[Statemen
     )
 
 
-def load_base(weights: Path | None) -> tuple[Any, Any]:
-    """Base model (float32) and tokenizer, from a folder in HuggingFace format or else the packaged SmolLM2."""
-    import torch
+def load_base(weights: Path | None, dtype: str = "auto") -> tuple[Any, Any]:
+    """Base model and tokenizer, from a folder in HuggingFace format or else the packaged SmolLM2."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     # SmolLM2's head and embeddings are one matrix. PEFT warns of merging; nothing is merged here.
@@ -99,7 +98,7 @@ def load_base(weights: Path | None) -> tuple[Any, Any]:
         print("Reading SmolLM2 from its package, which takes half a minute …", flush=True)
     elif not (weights / "config.json").is_file():
         raise SetupError(f"{weights} is no model in HuggingFace format; it has no config.json.")
-    model = AutoModelForCausalLM.from_pretrained(weights, dtype=torch.float32, **given)
+    model = AutoModelForCausalLM.from_pretrained(weights, dtype=dtype, **given)
     return model, AutoTokenizer.from_pretrained(weights, **given)
 
 

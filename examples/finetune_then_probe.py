@@ -35,7 +35,7 @@ def train(weights: Path | None, steps: int) -> dict[str, Any]:
     from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
     from torch.nn.functional import cross_entropy
 
-    base, tokenizer = load_base(weights)
+    base, tokenizer = load_base(weights, "float32")
     tokenizer.padding_side = "left"  # so that every text ends in the last column
     torch.manual_seed(0)
     model = get_peft_model(base, LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=MODULES))
@@ -90,7 +90,8 @@ def compare(client: Any, checkpoint: str, args: Any) -> None:
             inputs=[statement.text for statement in texts],
             layers="every:5",
         ).wait(PATIENCE, progress=True)
-        changes.append([quantization, *(f"{change:.4f}" for change in states.relative_change[1])])
+        moved = ("-" if change is None else f"{change:.4f}" for change in states.relative_change[1])
+        changes.append([quantization, *moved])
         found = [
             client.probes.create(
                 extraction=states.id,

@@ -62,7 +62,8 @@ def main() -> None:
     print(f"{'layer':>5}  {'relative change':>15}  {'AUROC base':>10}  {'AUROC tuned':>11}")
     change = (states.relative_change or [])[1]  # of the second variant against the first
     for moved, before, after in zip(change, base.report.layers, tuned.report.layers, strict=True):
-        print(f"{before.layer:>5}  {moved:>15.4f}  {value(before.auroc):>10.3f}  {value(after.auroc):>11.3f}")
+        shown = float("nan") if moved is None else moved
+        print(f"{before.layer:>5}  {shown:>15.4f}  {value(before.auroc):>10.3f}  {value(after.auroc):>11.3f}")
     # The best of many layers flatters; these two come from rows that took no part in choosing the layer.
     print(f"base:       {auroc(base)}")
     print(f"fine-tuned: {auroc(tuned)}")

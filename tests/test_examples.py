@@ -18,6 +18,7 @@ from typing import Any
 import httpx2
 import pytest
 
+from bathyscope.errors import PROBLEMS
 from tests.stack import Stack, free_port, model_cache
 from tests.tinker_standin import KEY
 
@@ -234,6 +235,14 @@ def test_training_here_needs_a_place_for_the_standin(examples: Examples, paths: 
     assert "TINKER_BASE_URL=http://127.0.0.1:8123" in complaint
     assert "--checkpoint" in complaint
     assert f"port {examples.port}" in refused(examples, NAMES[0])  # the stand-in of this module listens there
+
+
+def test_the_guide_names_problems_that_exist() -> None:
+    text = (ROOT / "docs" / "tinker.md").read_text(encoding="utf-8")
+    rows = text.partition("## Problems")[2].partition("\n## ")[0].splitlines()
+    named = [slug for row in rows if row.startswith("|") for slug in re.findall(r"`([a-z-]+)`", row.split("|")[1])]
+    assert not set(named) - set(PROBLEMS)
+    assert {slug for slug in PROBLEMS if slug.startswith("tinker-")} <= set(named)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -127,6 +127,11 @@ def test_what_is_no_checkpoint(ask: Call, path: str) -> None:
         ask("archive_url", path)
 
 
+def test_a_run_without_a_name(standin: Standin, ask: Call) -> None:
+    with pytest.raises(errors.InvalidRequest, match="training run"):
+        ask("checkpoints", "")
+
+
 def test_a_training_client_is_tinkers_own(standin: Standin, ask: Call) -> None:
     import tinker
 

@@ -34,6 +34,8 @@ def _supported_models(asker: Asker, timeout: float) -> list[Any]:
 
 
 def _checkpoints(asker: Asker, run: str, timeout: float) -> list[Any]:
+    if not run:
+        raise InvalidRequest("name the training run; it is what follows tinker:// in the path of a checkpoint")
     route = f"training_runs/{run}/checkpoints"
     return list(asker.ask(lambda client: client.list_checkpoints(run), timeout, route).checkpoints)
 

@@ -113,6 +113,18 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.parametrize("kind", ["rslora", "dora"])
+def test_memory_that_is_counted_is_all_that_is_held(kind: str, tmp_path: Path) -> None:
+    case = BY_NAME["llama"]
+    stored = peft_adapter(case.build(), Skeleton.of(case.config(), name=case.name), tmp_path, **KINDS[kind])
+    adapters = adapters_of(case.build())
+    attached = adapters.attach(stored)
+    pairs = [pair for site in adapters._bank._sites.values() for pair in site.pairs.values()]
+    storages = [part.untyped_storage() for pair in pairs for part in (pair.a, pair.b, pair.gain) if part is not None]
+    held = {storage.data_ptr(): storage.nbytes() for storage in storages}
+    assert sum(held.values()) == attached.memory_bytes == stored.float32_bytes
+
+
 @pytest.mark.parametrize("family", ["llama", "llama-tied", "gemma3"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_other_kinds_equal_peft(family: str, kind: str, tmp_path: Path) -> None:

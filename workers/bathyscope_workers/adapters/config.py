@@ -32,7 +32,6 @@ _DROPPED = frozenset(
     {
         "auto_mapping",
         "eva_config",
-        "exclude_modules",
         "inference_mode",
         "layers_pattern",
         "lora_dropout",
@@ -80,6 +79,8 @@ class AdapterConfig(BaseModel):
     """Which biases were trained too; any that lies in the file is refused, since the base is shared."""
     target_modules: Annotated[str, Field(max_length=65536)] | _Names | None = None
     """What was trained. A list is held against the tensors; a regular expression is not evaluated."""
+    exclude_modules: Annotated[str, Field(max_length=65536)] | _Names | None = None
+    """What was left out of `target_modules`. With it the list is not held against the tensors."""
     target_parameters: _FewNames | None = None
     """Parameters, rather than modules, that were trained: experts held in one 3-D tensor."""
     modules_to_save: _FewNames | None = None
@@ -102,7 +103,7 @@ class AdapterConfig(BaseModel):
         return Patterns(self.alpha_pattern or {})
 
 
-_EITHER = ("target_modules", "layers_to_transform")
+_EITHER = ("target_modules", "exclude_modules", "layers_to_transform")
 """Fields of either of two types."""
 
 

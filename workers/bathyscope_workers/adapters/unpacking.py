@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import re
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -45,15 +45,19 @@ class Unpacked:
     """Sentences for the adapter's record."""
 
 
-def unpack(archive: Path, folder: Path, limits: Limits | None = None) -> Unpacked:
+def unpack(
+    archive: Path, folder: Path, limits: Limits | None = None, *, beat: Callable[[], None] = lambda: None
+) -> Unpacked:
     """Unpack a tar, tar.gz or zip, told by its first bytes, into `folder`, which is empty or is made.
+
+    `beat` is called for each chunk, and may raise to end it.
 
     Raises AdapterArchiveUnsafe, AdapterArchiveUnreadable, AdapterTooLarge, AdapterIncomplete and AdapterPickled; the
     folder is then empty again, or gone if it was made here.
     """
     limits = limits or Limits()
     with _empty_again(folder), archive.open("rb") as file:
-        result = _unpack(file, archive.stat().st_size, folder, limits)
+        result = _unpack(file, archive.stat().st_size, folder, limits, beat)
         check_folder(folder, others=result.skipped)
         return result
 
@@ -80,11 +84,11 @@ def check_folder(folder: Path, *, others: list[str] | None = None) -> None:
     )
 
 
-def _unpack(file: BinaryIO, size: int, folder: Path, limits: Limits) -> Unpacked:
+def _unpack(file: BinaryIO, size: int, folder: Path, limits: Limits, beat: Callable[[], None]) -> Unpacked:
     result = Unpacked()
     homes: dict[str, str] = {}
     seen: dict[str, str] = {}
-    for entry in entries_of(file, size, limits, result.notes):
+    for entry in entries_of(file, size, limits, result.notes, beat):
         path = _safe_path(entry.name)
         if (other := seen.get(key := _folded(path))) is not None:
             what = "a path twice" if other == path else "two paths that are taken for the same on some systems"
@@ -102,7 +106,7 @@ def _unpack(file: BinaryIO, size: int, folder: Path, limits: Limits) -> Unpacked
                 "the archive holds files of an adapter in several folders; pack one adapter", names=[entry.name]
             )
         homes[name] = home
-        _write(entry, folder / name)
+        _write(entry, folder / name, beat)
         result.files.append(name)
     if not seen:
         raise errors.AdapterIncomplete("the archive is empty; pack the folder that PEFT or Tinker saved")
@@ -112,10 +116,11 @@ def _unpack(file: BinaryIO, size: int, folder: Path, limits: Limits) -> Unpacked
     return result
 
 
-def _write(entry: Entry, path: Path) -> None:
+def _write(entry: Entry, path: Path, beat: Callable[[], None]) -> None:
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
     with os.fdopen(descriptor, "wb", buffering=CHUNK) as target:
         for chunk in entry.chunks():
+            beat()
             target.write(chunk)
 
 
