@@ -49,7 +49,7 @@ def main() -> int:
         from bathyscope_workers.adapters.conversion import converted
 
         # The weights are unpacked by then, and what else there is is not.
-        unpacking._write = gated("unpack", unpacking._write, when=lambda _, path: path.name == unpacking.CONFIG)
+        unpacking._write = gated("unpack", unpacking._write, when=lambda _, path, *__: path.name == unpacking.CONFIG)
         # Half of the converted tensors are written by then, unbuffered for that.
         done: list[int] = []
         plain_bytes, plain_write = converted._bytes, converted.Converted._write_weights

@@ -295,6 +295,8 @@ def test_cancelled_in_the_midst_it_leaves_nothing(gated: Stack, tinker: Standin,
             gated.client.post(f"/v1/jobs/{job_id}/cancel")
             if step == "download":  # it need not wait for bytes that do not come
                 assert gated.job(job_id)["status"] == "cancelled"
+            else:  # until the worker has heard of it: a job that is done before that has succeeded
+                time.sleep(2)
         assert gated.job(job_id)["status"] == "cancelled"
     assert seen == []
     extra = {path.name for path in (gated.data_dir / "adapters").glob("[0-9a-f]*")} - known

@@ -21,7 +21,7 @@ from tests.workers.adapters.tinker_layout import CASES, SMALL, TOKENS, Case, dif
 
 EXACT = 1e-5
 BY_NAME = {case.name: case for case in CASES}
-EXCLUSIVE = {"qwen3-moe", "gpt-oss", "qwen3.5-moe", "deepseek-v3"}
+EXCLUSIVE = {"qwen3-moe", "gpt-oss", "qwen3.5-moe", "qwen3.5-moe-vision", "deepseek-v3", "kimi-k2.5"}
 """Families whose adapters train experts, which are parameters."""
 
 
