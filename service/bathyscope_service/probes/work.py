@@ -226,7 +226,7 @@ async def prediction_work(context: Context, caller: ApiKey, probe: Resource, bod
         )
     chosen({}, body.variant)
     adapter = None
-    if identity.adapter is not None and (adapter := await of_digest(context, probe.owner, identity.adapter)) is None:
+    if identity.adapter is not None and (adapter := await of_digest(context, caller, identity.adapter)) is None:
         raise StateConflict(
             f"The adapter that the probe was trained with ({identity.adapter[:12]}…) was deleted; add it again to read "
             "new inputs with it."

@@ -22,6 +22,7 @@ from bathyscope_backplane.tracing import NOTHING, Span
 from bathyscope_backplane.vault import Credentials
 from bathyscope_workers.disk import out_of_space
 from bathyscope_workers.jobs import AdapterJob, Existing, Handover, JobKind, JobWork
+from bathyscope_workers.jobs._base import Undecided
 from bathyscope_workers.models.spec import ModelSpec
 from bathyscope_workers.supervisor._meter import trace_stages
 from bathyscope_workers.supervisor._tasks import end_tasks
@@ -111,6 +112,8 @@ class Attempt:
         except _Stopped:
             await self._settle("cancelled", lambda: broker.acknowledge_cancel(ref))
             await self.discard_if_ended()
+        except Undecided as error:
+            await self._postpone(Unavailable(str(error)))
         except ProblemError as error:
             reported = error.extra.pop("retry", None)  # of the engine's own problems
             if isinstance(error, OutOfSpace) or (reported is None and isinstance(error, Unavailable)):
@@ -198,6 +201,9 @@ class Attempt:
                 _log.warning("job.left_to_another")
                 await self._settle("elsewhere", lambda: self.plane.broker.release(lease.ref, reason="elsewhere"))
                 await self.discard_if_ended()
+                raise LostLease(lease.job_id)
+            if isinstance(self.kind, AdapterJob) and (smaller := self.kind.smaller(work, event["problem"])) is not None:
+                await self._hand_over(smaller)
                 raise LostLease(lease.job_id)
             raise _reported(event)
         self._engine_timings = event.get("timings", {})
