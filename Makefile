@@ -11,7 +11,7 @@ demo: $(VENV)/.all
 test: $(VENV)/.test
 	$(BIN)/python -m pytest
 
-# Kills, hangs and full disks at length: about ten minutes. BATHYSCOPE_FAULTS_SEED repeats an attack.
+# Kills, hangs and full disks at length: some twenty minutes. BATHYSCOPE_FAULTS_SEED repeats an attack.
 faults: $(VENV)/.test
 	BATHYSCOPE_FAULTS=whole $(BIN)/python -m pytest tests/faults -v
 

@@ -50,7 +50,7 @@ def create_app(settings: Settings, *, loopback: bool) -> FastAPI:
                 loopback=loopback,
                 waiting=Places(limits.max_waiting, limits.max_waiting_per_key),
                 streams=Places(limits.max_event_streams, limits.max_event_streams_per_key),
-                tinker=Tinker(settings.adapters.tinker_url),
+                tinker=Tinker(settings.adapters.tinker_url, settings.adapters.call_seconds),
                 uploads=Places(limits.max_uploads, limits.max_uploads_per_key),
                 memory=Places(limits.max_buffered_bytes, limits.max_buffered_bytes_per_key),
             )

@@ -261,6 +261,24 @@ async def aged(store: ArtifactStore, seconds: float) -> None:
             os.utime(path, (time.time() - seconds,) * 2)
 
 
+async def test_inputs_go_with_the_end_of_their_job(store: ArtifactStore) -> None:
+    """A job that was cancelled while no worker had it is known for days, and needs its archive no more."""
+    ended, replayable = new_id("job"), new_id("job")
+    for job in (ended, replayable):
+        await store.put(f"inputs/{job}.archive", b"archive")
+
+    async def known(job_id: str) -> bool:
+        return True
+
+    async def may_run(job_id: str) -> bool:
+        return job_id == replayable
+
+    assert (await sweep(store, known, grace_s=3600, job_open=may_run)).young == 1
+    assert (await sweep(store, known, grace_s=-1)).inputs == 0
+    assert (await sweep(store, known, grace_s=-1, job_open=may_run)).inputs == 1
+    assert [key async for key in store.keys("inputs/")] == [f"inputs/{replayable}.archive"]
+
+
 async def test_a_sweep_takes_orphans_and_nothing_else(
     store: ArtifactStore, catalogue: Catalogue, tmp_path: Path
 ) -> None:

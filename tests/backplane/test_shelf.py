@@ -1,14 +1,17 @@
-"""Files that adapters share: claimed, counted, swept and rebuilt, with a real server and a real folder."""
+"""Files that adapters share: claimed, counted, swept and rebuilt, with a real server, in a real folder and in S3."""
 
 from __future__ import annotations
 
 import hashlib
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import boto3
 import orjson
 import pytest
+from moto.server import ThreadedMotoServer
 from redis.asyncio import Redis
 
 from bathyscope_backplane.artifacts import (
@@ -195,3 +198,55 @@ async def test_manifests_that_lie(store: ArtifactStore, change: Any) -> None:
     change(document["blobs"])
     with pytest.raises(BrokenManifest):
         read_manifest(resource.manifest_key, orjson.dumps(document))
+
+
+@pytest.fixture(scope="module")
+def bucket() -> Iterator[str]:
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    endpoint = f"http://{host}:{port}"
+    client = boto3.client(
+        "s3", endpoint_url=endpoint, aws_access_key_id="a", aws_secret_access_key="b", region_name="us-east-1"
+    )
+    client.create_bucket(Bucket="shelf")
+    client.close()
+    yield endpoint
+    server.stop()
+
+
+async def test_in_a_bucket_it_is_the_same(redis: Redis, bucket: str, tmp_path: Path) -> None:
+    """Uploaded as a worker does, shared by the second of equal digest, swept, gone with the last."""
+    options: dict[str, Any] = {"endpoint": bucket, "access_key_id": "a", "secret_access_key": "b"}
+    options |= {"region": "us-east-1", "client_options": {"allow_http": True}}
+    store = ArtifactStore(f"s3://shelf/{new_id('job')}", options)
+    catalogue = Catalogue(redis, store, f"shelf{time.monotonic_ns()}")
+
+    async def job_open(job: str) -> bool:
+        return False
+
+    async def uploaded(claim: Claim) -> Blobs:
+        found = {}
+        for role, name in ROLES.items():
+            path = tmp_path / name
+            path.write_bytes(role.encode() * (3 << 20))  # of more than one part
+            found[role] = await store.put_file(f"adapters/{DIGEST}/{claim.job}.token/{name}", path)
+        return found
+
+    first = a_claim()
+    own = await uploaded(first)
+    assert await catalogue.shelf.claim(first, "key_a", DIGEST, "n", own) == own
+    one = await catalogue.commit(adapter(first, own, "key_a", "n"))
+    second = await made(catalogue, store, "key_b")
+    assert second.blobs == one.blobs == own
+    files = {blob.key for blob in own.values()}
+    assert await keys(store) == files
+    await store.download(own["weights"].key, tmp_path / "back")
+    assert hashlib.sha256((tmp_path / "back").read_bytes()).hexdigest() == own["weights"].sha256
+    await brought(store, new_id("job"))  # of an attempt that was killed
+    swept = await sweep(store, job_open, grace_s=-1, shelf=catalogue.shelf, job_open=job_open)
+    assert swept.blobs == 2
+    await catalogue.delete(one)
+    assert await keys(store) == files
+    await catalogue.delete(second)
+    assert await keys(store) == set()

@@ -1,19 +1,15 @@
-"""Adapters in the SDK and the CLI: against a real service, and what asks Tinker against a fake of it."""
+"""Adapters in the SDK and the CLI, against a real service whose engines compute nothing."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import os
 import subprocess
 import sys
-import threading
-import time
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import httpx2
 import pytest
@@ -188,9 +184,6 @@ def test_the_commands(noop: Stack, tmp_path: Path) -> None:
     assert "/source" in refused.stderr
 
 
-# --- Tinker -----------------------------------------------------------------------------------------------
-
-
 def test_download_and_convert(noop: Stack, service: bathyscope.Client, tmp_path: Path) -> None:
     out = tmp_path / "out"
     source = "tinker://run:train:0/external_weights/final"
@@ -217,150 +210,3 @@ def test_download_and_convert(noop: Stack, service: bathyscope.Client, tmp_path:
     assert asyncio.run(awaited()) == path
     assert (out / "peft_adapter.tar").is_file()
     adapter.delete()
-
-
-RUN = "01234567-89ab-cdef-0123-456789abcdef:train:0"
-
-
-class FakeTinker(BaseHTTPRequestHandler):
-    """The few routes that questions go to."""
-
-    slow = False
-    status = 200
-    archives: ClassVar[list[int]] = []
-
-    def log_message(self, *words: Any) -> None:
-        pass
-
-    def do_POST(self) -> None:
-        self.rfile.read(int(self.headers.get("content-length", 0)))
-        self._answer({})
-
-    def do_GET(self) -> None:
-        base = f"http://127.0.0.1:{self.server.server_address[1]}"
-        if type(self).slow:
-            time.sleep(3)
-        checkpoints = [
-            ("sampler_weights/both", "sampler"),
-            ("external_weights/both", "external"),
-            ("sampler_weights/old", "sampler"),
-            ("weights/only", "training"),
-        ]
-        if self.path.endswith("/archive"):
-            status = type(self).archives.pop(0) if type(self).archives else 410
-            self._answer({"detail": "no"}, status, {"Location": f"{base}/signed"} if status == 302 else {})
-        elif self.path.endswith("/external_weights_urls"):
-            urls = {"adapter_model.safetensors": f"{base}/signed/1", "adapter_config.json": f"{base}/signed/2"}
-            self._answer({"urls": urls, "expires": "2030-01-01T00:00:00Z"})
-        elif self.path.endswith("/checkpoints"):
-            found = [
-                {
-                    "checkpoint_id": name,
-                    "checkpoint_type": kind,
-                    "time": "2026-01-01T00:00:00Z",
-                    "tinker_path": f"tinker://{RUN}/{name}",
-                    "public": False,
-                }
-                for name, kind in checkpoints
-            ]
-            self._answer({"checkpoints": found})
-        elif self.path.endswith("/get_server_capabilities"):
-            models = [{"model_name": name, "max_context_length": 32768} for name in ("Qwen/Qwen3-8B", "org/tiny:peft")]
-            self._answer({"supported_models": models}, type(self).status)
-        else:
-            self._answer({"detail": "Not Found"}, 404)
-
-    def _answer(self, body: Any, status: int = 200, headers: dict[str, str] | None = None) -> None:
-        content = json.dumps(body).encode()
-        self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(content)))
-        self.send_header("x-should-retry", "false")
-        for name, value in (headers or {}).items():
-            self.send_header(name, value)
-        self.end_headers()
-        self.wfile.write(content)
-
-
-@pytest.fixture
-def fake_tinker(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    FakeTinker.slow, FakeTinker.status, FakeTinker.archives = False, 200, []
-    server = ThreadingHTTPServer(("127.0.0.1", 0), FakeTinker)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    url = f"http://127.0.0.1:{server.server_address[1]}"
-    monkeypatch.setenv("TINKER_BASE_URL", url)
-    monkeypatch.setenv("TINKER_API_KEY", "tml-of-the-environment")
-    yield url
-    server.shutdown()
-    server.server_close()
-
-
-@contextlib.contextmanager
-def service_alone(folder: Path, models: str, url: str) -> Iterator[Stack]:
-    """A service that has no key of its own for Tinker."""
-    made = Stack(folder, models=models, adapters__tinker_url=url)
-    made.environment.pop("TINKER_API_KEY", None)
-    made.start("service", "service")
-    try:
-        made.wait_alive()
-        yield made
-    finally:
-        made.down()
-
-
-def test_what_the_service_says_of_tinker(fake_tinker: str, tmp_path: Path, models: str) -> None:
-    hub = f"{models},org/tiny={dict(pair.split('=') for pair in models.split(','))['tiny']}"
-    with service_alone(tmp_path, hub, fake_tinker) as running:
-        headers = {"X-Tinker-Api-Key": "tml-anna"}
-        answer = running.client.get("/v1/tinker/models", headers=headers, timeout=60)
-        assert answer.status_code == 200, answer.text
-        assert [(one["name"], one["model"]) for one in answer.json()["data"]] == [
-            ("Qwen/Qwen3-8B", None),
-            ("org/tiny:peft", "org/tiny"),
-        ]
-        FakeTinker.status = 403
-        assert running.client.get("/v1/tinker/models", headers=headers, timeout=60).status_code == 200  # kept a minute
-        refused = running.client.get("/v1/tinker/models", headers={"X-Tinker-Api-Key": "tml-bert"}, timeout=60)
-        assert (refused.status_code, refused.json()["type"]) == (502, "/problems/tinker-out-of-reach")
-        assert "tml-bert" not in refused.text + running.said()
-        missing = running.client.get("/v1/tinker/models")
-        assert (missing.status_code, missing.json()["type"]) == (503, "/problems/tinker-not-set-up")
-        assert "X-Tinker-Api-Key" in missing.json()["detail"]
-
-
-def test_questions_to_tinker(fake_tinker: str) -> None:
-    with bathyscope.Client("http://service.test", tinker_api_key="tml-mine") as client:
-        assert [one.model_name for one in client.tinker.supported_models()] == ["Qwen/Qwen3-8B", "org/tiny:peft"]
-        assert [one.checkpoint_id for one in client.tinker.checkpoints(RUN)][:2] == [
-            "sampler_weights/both",
-            "external_weights/both",
-        ]
-        files = {"adapter_model.safetensors", "adapter_config.json"}
-        assert set(client.tinker.archive_url(f"tinker://{RUN}/external_weights/both")) == files
-        assert set(client.tinker.archive_url(f"tinker://{RUN}/sampler_weights/both")) == files
-        FakeTinker.archives = [302]
-        assert client.tinker.archive_url(f"tinker://{RUN}/sampler_weights/old") == {
-            "archive.tar": f"{fake_tinker}/signed"
-        }
-        with pytest.raises(errors.TinkerNotDownloadable, match="save_weights_external") as refused:
-            client.tinker.archive_url(f"tinker://{RUN}/sampler_weights/old")
-        assert "weights/only" in str(refused.value)
-        with pytest.raises(errors.InvalidRequest):
-            client.tinker.archive_url("tinker://run/other/x")
-        FakeTinker.slow = True
-        with pytest.raises(errors.TinkerOutOfReach):
-            client.tinker.supported_models(timeout=0.5)
-
-
-async def test_questions_to_tinker_awaited(fake_tinker: str) -> None:
-    async with bathyscope.AsyncClient("http://service.test", tinker_api_key="tml-mine") as client:
-        assert len(await client.tinker.supported_models()) == 2
-        assert len(await client.tinker.checkpoints(RUN)) == 4
-
-
-def test_a_key_that_is_none(fake_tinker: str) -> None:
-    with (
-        bathyscope.Client("http://service.test", tinker_api_key="dummy") as client,
-        pytest.raises(errors.TinkerKeyRefused),
-    ):
-        client.tinker.supported_models()

@@ -6,6 +6,7 @@ starts a worker with it. `TEST_AT_LOAD=model=deed` harms the engine while it loa
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 import sys
@@ -79,11 +80,18 @@ class BadEngine(model_engine.ModelEngine):
                     deed(self._channel, row.active.job.id)
         super()._forward(rows)
 
-    def _on_loading(self, key: str, asked: str) -> None:
-        super()._on_loading(key, asked)
-        model, _, name = os.environ.get("TEST_AT_LOAD", "").partition("=")
-        if model and key.startswith(f"{model}:"):
-            DEEDS[name](self._channel, "")
+    def __init__(self, channel: Channel, *given: Any, **named: Any) -> None:
+        super().__init__(channel, *given, **named)
+        residency = self.residents.residency
+        tell = residency.events.loading
+
+        def loading(key: str, asked: str) -> None:
+            tell(key, asked)
+            model, _, name = os.environ.get("TEST_AT_LOAD", "").partition("=")
+            if model and key.startswith(f"{model}:"):
+                DEEDS[name](channel, "")
+
+        residency.events = dataclasses.replace(residency.events, loading=loading)
 
 
 if __name__ == "__main__":

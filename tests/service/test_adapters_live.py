@@ -19,7 +19,7 @@ import pytest
 import torch
 from safetensors.torch import save
 
-from tests.service.test_adapters import added, files, traces, upload
+from tests.service.test_adapters import added, files, left_behind, upload
 from tests.service.test_extractions import npy
 from tests.stack import Stack, stack
 
@@ -131,7 +131,7 @@ def test_states_are_those_of_the_merge(live: Stack, tiny_dir: Path, layout: str,
     assert_equal(npy(live, live.extract(TEXTS, model="tiny")), expected[0])
     assert live.client.delete(f"/v1/adapters/{adapter['id']}").status_code == 204
     assert not files(live)
-    assert not traces(live)
+    assert left_behind(live) == []
 
 
 # PEFT looks at every attribute of the model, deprecated ones of transformers too.
@@ -186,7 +186,7 @@ def test_what_is_none_is_refused_whole(live: Stack, content: bytes, slug: str) -
     assert job["status"] == "failed", job
     assert job["error"]["type"] == f"/problems/{slug}"
     time.sleep(0.2)
-    assert not traces(live)
+    assert left_behind(live) == []
     assert not files(live)
     assert live.extract(["after"], model="tiny")["inputs"] == 1
 
@@ -213,7 +213,7 @@ def test_engines_are_killed(live: Stack, engine: str) -> None:
     assert ended["status"] == "succeeded", ended
     [adapter] = live.client.get("/v1/adapters").json()["data"]
     assert len(files(live)) == 2
-    assert not traces(live)
+    assert left_behind(live) == []
     live.client.delete(f"/v1/adapters/{adapter['id']}")
 
 

@@ -60,6 +60,10 @@ class Standin:
     def __exit__(self, *_: object) -> None:
         self.stop()
 
+    def forget(self) -> None:
+        """Be as new, at the same address."""
+        self.state.__init__()  # type: ignore[misc]
+
     def add_key(self, key: str) -> str:
         """Accept another key, `tml-…`."""
         self.state.keys.add(key)
@@ -86,7 +90,7 @@ class Standin:
 
     def fail(self, route: str, *faults: Fault, times: int = 1) -> None:
         """Let the next requests of a route (`config`, `info`, `run`, `checkpoints`, `urls`, `file`, `archive`,
-        `capabilities`, `session`, `load`, `save`, `future`, `delete`) go wrong, one fault each."""
+        `capabilities`, `session`, `create`, `load`, `save`, `future`, `delete`) go wrong, one fault each."""
         self.state.faults.setdefault(route, []).extend(faults * times)
 
     def asked(self, part: str) -> int:
@@ -247,6 +251,14 @@ class _Handler(BaseHTTPRequestHandler):
         self.state.runs[run_id] = run
         return {**self.state.future({"type": "load_weights", "path": body["path"]}), "model_id": run_id}
 
+    def _create(self, key: str, body: dict[str, Any], *_: Any) -> Any:
+        base, rank = body["base_model"], body["lora_config"]["rank"]
+        if not self.state.models.get(base, {}).get("trainable", False):
+            raise Refused(400, f"The base model {base} is retired.")
+        run_id = f"{body['session_id']}:train:{body['model_seq_id']}"
+        self.state.runs[run_id] = Run(run_id, base, rank, key, user_metadata=body.get("user_metadata"))
+        return {**self.state.future({"type": "create_model", "model_id": run_id}), "model_id": run_id}
+
     def _model_info(self, key: str, body: dict[str, Any], *_: Any) -> Any:
         run = self.state.run(body["model_id"], key)
         data = {"arch": "standin", "model_name": run.base_model, "tokenizer_id": run.base_model}
@@ -285,7 +297,8 @@ class _Handler(BaseHTTPRequestHandler):
         signed = self.state.signed.get(token)
         self.state.ranges.append(self.headers.get("range"))
         fault = self.state.fault("file") or Fault()
-        time.sleep(fault.seconds)
+        if fault.pause_after is None:
+            time.sleep(fault.seconds)
         if signed is None or signed.expires < time.time():
             raise Refused(403, "The signature has expired.")
         if fault.status is not None:
@@ -308,6 +321,10 @@ class _Handler(BaseHTTPRequestHandler):
         end = len(content) if fault.cut_after is None else min(len(content), start + fault.cut_after)
         if fault.length is not None:
             end = min(end, start + fault.length)
+        if fault.pause_after is not None:
+            self.wfile.write(content[start : start + fault.pause_after])
+            time.sleep(fault.seconds)
+            start += fault.pause_after
         for place in range(start, end, _CHUNK):
             self.wfile.write(content[place : min(place + _CHUNK, end)])
         if end - start < length:
@@ -322,7 +339,7 @@ _CHECKPOINT = _RUN + r"/checkpoints/((?:external_weights|weights|sampler_weights
 _ROUTES: list[tuple[str, Callable[..., Any], str]] = [
     (r"POST /api/v1/client/config", _Handler._empty, "config"),
     (r"POST /api/v1/client/dynamic_config", _Handler._empty, "dynamic_config"),
-    (r"POST /api/v1/telemetry", _Handler._empty, "telemetry"),
+    (r"POST /api/v1/telemetry", lambda *_: {"status": "accepted"}, "telemetry"),
     (r"GET /api/v1/healthz", lambda *_: {"status": "ok"}, "healthz"),
     (r"GET /api/v1/get_server_capabilities", _Handler._capabilities, "capabilities"),
     (r"POST /api/v1/weights_info", _Handler._info, "info"),
@@ -337,6 +354,7 @@ _ROUTES: list[tuple[str, Callable[..., Any], str]] = [
     (r"POST /api/v1/create_session", _Handler._session, "session"),
     (r"POST /api/v1/session_heartbeat", _Handler._heartbeat, "heartbeat"),
     (r"POST /api/v1/sessions/([^/]+)/finish", _Handler._finish, "finish"),
+    (r"POST /api/v1/create_model", _Handler._create, "create"),
     (r"POST /api/v1/load_weights", _Handler._load, "load"),
     (r"POST /api/v1/get_info", _Handler._model_info, "model_info"),
     (r"POST /api/v1/save_weights_external", _Handler._save, "save"),

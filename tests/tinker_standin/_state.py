@@ -38,6 +38,8 @@ class Fault:
     headers: dict[str, str] = field(default_factory=dict)
     seconds: float = 0.0
     """Wait so long first."""
+    pause_after: int | None = None
+    """Of a file: wait not first, but after so many bytes of the body."""
     cut_after: int | None = None
     """Of a file: cut the connection after so many bytes of the body."""
     length: int | None = None
@@ -57,6 +59,7 @@ class Checkpoint:
     files: dict[str, bytes | Path]
     made: float = field(default_factory=time.time)
     expires: float | None = None
+    user_metadata: dict[str, str] | None = None
 
     @property
     def id(self) -> str:
@@ -77,6 +80,7 @@ class Run:
     key: str
     is_lora: bool = True
     checkpoints: dict[str, Checkpoint] = field(default_factory=dict)
+    user_metadata: dict[str, str] | None = None
 
     def add_checkpoint(self, kind: Kind, name: str, files: Path | dict[str, bytes | Path]) -> str:
         """Add files, or those of a folder, as a checkpoint; returns its `tinker://` path."""
@@ -184,6 +188,7 @@ def checkpoint_json(run: Run, checkpoint: Checkpoint) -> dict[str, Any]:
         "tinker_path": f"tinker://{run.id}/{checkpoint.id}",
         "size_bytes": checkpoint.size,
         "public": False,
+        "user_metadata": checkpoint.user_metadata,
         "expires_at": rfc3339(checkpoint.expires) if checkpoint.expires else None,
     }
 
@@ -197,6 +202,7 @@ def run_json(run: Run) -> dict[str, Any]:
         "corrupted": False,
         "lora_rank": run.rank,
         "last_request_time": rfc3339(time.time()),
+        "user_metadata": run.user_metadata,
     }
 
 

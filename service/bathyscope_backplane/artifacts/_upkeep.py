@@ -3,8 +3,9 @@
 Manifests are the truth and everything follows from them, so all of this may run beside a working service and may be
 cut short and begun again. What is not understood is named and left alone.
 
-An orphan is a blob that no manifest names, or inputs of a job that the queue does not know. A folder of an adapter's
-files is one when no manifest names it and every job that brought it or has a share in it has come to its end.
+An orphan is a blob that no manifest names, or inputs of a job that has ended or that the queue does not know. A folder
+of an adapter's files is one when no manifest names it and every job that brought it or has a share in it has come to
+its end.
 Every blob is one for a while, between its upload and the commit of its manifest, so only those older than a grace are
 removed, each after one more look at the manifest that might name it by now.
 """
@@ -116,8 +117,10 @@ async def sweep(
 ) -> Swept:
     """Remove orphans that were put longer than `grace_s` ago, by the store's clock.
 
-    `job_open` says whether a job may go on; with it and the `shelf`, adapters' files are swept too.
+    `job_open` says whether a job may go on: of those that may not, inputs are swept while their records are still
+    known. With it and the `shelf`, adapters' files are swept too.
     """
+    needs_inputs = job_open or job_known
     swept = Swept()
     before_ms = time.time() * 1000 - grace_s * 1000
     await _sweep_blobs(store, swept, before_ms, dry_run)
@@ -127,7 +130,7 @@ async def sweep(
         job_id, _, suffix = entry.key.removeprefix("inputs/").partition(".")
         if suffix not in ("jsonl", "archive") or not is_id(job_id, "job"):
             swept.foreign += 1
-        elif not await job_known(job_id):
+        elif not await needs_inputs(job_id):
             if entry.modified_ms >= before_ms:
                 swept.young += 1
                 continue

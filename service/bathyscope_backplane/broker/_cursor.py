@@ -7,13 +7,14 @@ import binascii
 import re
 
 from bathyscope.errors import FieldError, InvalidRequest
+from bathyscope_backplane import cursors
 
 _FORM = re.compile(r"1:([A-Za-z0-9_.-]{1,128})")
 
 
 def wrap(last_id: str) -> str:
     """The cursor of the page after `last_id`."""
-    return base64.urlsafe_b64encode(f"1:{last_id}".encode()).decode().rstrip("=")
+    return cursors.wrap(f"1:{last_id}")
 
 
 def unwrap(cursor: str) -> str:

@@ -17,6 +17,7 @@ from starlette.responses import Response
 
 from bathyscope.errors import InvalidRequest, OutOfSpace, ProblemError, Unavailable
 from bathyscope.types import Priority, WorkRequest
+from bathyscope_backplane.artifacts import Claim
 from bathyscope_backplane.broker import Idempotency, JobRecord, NewJob
 from bathyscope_backplane.ids import new_id
 from bathyscope_backplane.keys import ApiKey
@@ -159,6 +160,20 @@ async def _drop(context: Context, key: str | None) -> None:
     if key is not None:
         with contextlib.suppress(Unavailable):
             await asyncio.shield(context.plane.store.delete(key))
+
+
+async def discard(context: Context, record: JobRecord, payload: str) -> None:
+    """Remove what lies in the store for a job that was cancelled in its queue: rows, archive, a converted adapter."""
+    content, plane = orjson.loads(payload), context.plane
+    for name in ("rows_key", "archive_key"):
+        await _drop(context, content.get(name))
+    if (staged := content.get("staged")) is not None and record.resource_id is not None:
+        digest, claim = content["converted"]["digest"], Claim(record.resource_id, record.id)
+        key = staged["weights"]["key"]
+        with contextlib.suppress(Unavailable):
+            if await plane.catalogue.shelf.release([claim], record.owner, digest, content["spec"].get("name"), key):
+                for blob in staged.values():
+                    await _drop(context, blob["key"])
 
 
 async def answer(

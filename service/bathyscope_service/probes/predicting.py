@@ -98,7 +98,7 @@ async def prediction_work(context: Context, caller: ApiKey, probe: Resource, bod
     else:
         chosen({}, body.variant)
         options = _options(readings, body)
-        adapter = await _adapter(context, readings[0])
+        adapter = await _adapter(context, caller, readings[0])
         with pointing(None):
             entry = await model_entry(context, options.model, options.quantization)
             if entry.facts is not None:
@@ -226,11 +226,11 @@ def _options(readings: list[_Reading], body: PredictRequest) -> ExtractionOption
     )
 
 
-async def _adapter(context: Context, reading: _Reading) -> Resource | None:
+async def _adapter(context: Context, caller: ApiKey, reading: _Reading) -> Resource | None:
     digest = reading.identity.adapter
     if digest is None:
         return None
-    adapter = await of_digest(context, reading.probe.owner, digest)
+    adapter = await of_digest(context, caller, digest)
     if adapter is None:
         raise StateConflict(
             f"The adapter that the probe was trained with ({digest[:12]}…) was deleted; add it again to read new "

@@ -15,12 +15,22 @@ from typing import Any
 
 import structlog
 
-from bathyscope.errors import ProblemError, TinkerNotSetUp, TinkerOutOfReach
+from bathyscope.errors import (
+    ProblemError,
+    TinkerBilling,
+    TinkerForbidden,
+    TinkerKeyRefused,
+    TinkerNotSetUp,
+    TinkerOutOfReach,
+    TinkerRateLimited,
+)
 
 _log = structlog.get_logger(__name__)
 
-_DEADLINE_SECONDS = 25.0
-"""Of one question, the start of the process included."""
+_MOST_SECONDS = 20.0
+"""Of one question, whatever the settings give a call: a client waits for the answer."""
+_START_SECONDS = 10.0
+"""So much longer the process may take for its start."""
 _KEPT_SECONDS = 60.0
 _FAULT_KEPT_SECONDS = 5.0
 _MOST_KEPT = 64
@@ -42,11 +52,15 @@ class Tinker:
     base_url: str | None = None
     """Of its service; by default what its SDK knows."""
 
+    seconds: float = _MOST_SECONDS
+    """Of one question, retries included."""
+
     _answers: dict[str, _Answer] = field(default_factory=dict)
     _gate: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(_AT_ONCE))
 
     async def models(self, api_key: str | None) -> Models:
-        """The models that Tinker supports for a key. Raises `TinkerNotSetUp` and `TinkerOutOfReach`."""
+        """The models that Tinker supports for a key. Raises `TinkerNotSetUp`, `TinkerOutOfReach`, and what stands for
+        an answer of Tinker's."""
         if api_key is None:
             raise TinkerNotSetUp(
                 "No key for Tinker is set up here: send yours in X-Tinker-Api-Key, or let the operator set "
@@ -68,7 +82,7 @@ class Tinker:
         kept = _FAULT_KEPT_SECONDS
         try:
             async with self._gate:
-                found = await _question(self.base_url, api_key)
+                found = await _question(self.base_url, api_key, min(self.seconds, _MOST_SECONDS))
             kept = _KEPT_SECONDS
             return found
         finally:
@@ -76,7 +90,7 @@ class Tinker:
                 self._answers[digest].until = time.monotonic() + kept
 
 
-async def _question(base_url: str | None, api_key: str) -> Models:
+async def _question(base_url: str | None, api_key: str, seconds: float) -> Models:
     process = await asyncio.create_subprocess_exec(
         sys.executable,
         "-m",
@@ -84,21 +98,26 @@ async def _question(base_url: str | None, api_key: str) -> Models:
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.DEVNULL,  # the SDK may log what it sends
-        env={name: value for name, value in os.environ.items() if not name.startswith("TINKER_API")},
+        env={**_environment(), "TINKER_TELEMETRY": "0"},  # it would tell Tinker the headers of failed requests
     )
-    asked = {"base_url": base_url, "api_key": api_key, "seconds": _DEADLINE_SECONDS}
+    asked = {"base_url": base_url, "api_key": api_key, "seconds": seconds}
     try:
-        async with asyncio.timeout(_DEADLINE_SECONDS):
+        async with asyncio.timeout(seconds + _START_SECONDS):
             said, _ = await process.communicate(json.dumps(asked).encode())
     except TimeoutError:
-        _log.warning("tinker.silent", seconds=_DEADLINE_SECONDS)
-        raise TinkerOutOfReach(
-            f"Tinker did not answer within {_DEADLINE_SECONDS:g} seconds; try again in a moment."
-        ) from None
+        _log.warning("tinker.silent", seconds=seconds)
+        raise TinkerOutOfReach(f"Tinker did not answer within {seconds:g} seconds; try again in a moment.") from None
     finally:
         with contextlib.suppress(ProcessLookupError):
             process.kill()
     return _read(said)
+
+
+def _environment() -> dict[str, str]:
+    """Of this process, without what the operator's own use of Tinker is set up with, but for the address."""
+    return {
+        name: value for name, value in os.environ.items() if not name.startswith("TINKER_") or name == "TINKER_BASE_URL"
+    }
 
 
 def _read(said: bytes) -> Models:
@@ -114,8 +133,14 @@ def _read(said: bytes) -> Models:
 
 
 def _problem(status: int | None) -> ProblemError:
-    if status in (401, 403):
-        return TinkerOutOfReach("Tinker does not accept this key; check it, or make another one in Tinker's console.")
+    if status == 401:
+        return TinkerKeyRefused("Tinker does not accept this key; check it, or make another one in Tinker's console.")
+    if status == 402:
+        return TinkerBilling("The account of this key is paused for billing; settle that in Tinker's console.")
+    if status == 403:
+        return TinkerForbidden("Tinker accepts this key and does not permit this with it; use another account's.")
+    if status == 429:
+        return TinkerRateLimited("Tinker asks for fewer requests with this key; try again later.", retry_after=60)
     if status is not None:
         return TinkerOutOfReach(f"Tinker answered with the status {status}; try again later.")
     return TinkerOutOfReach("Tinker cannot be reached, or does not answer as its SDK expects; try again in a moment.")

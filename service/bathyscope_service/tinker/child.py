@@ -8,8 +8,31 @@ them; the answer is JSON on stdout.
 from __future__ import annotations
 
 import json
+import logging
+import os
 import sys
+import threading
 from typing import Any
+
+
+class _Statuses(logging.Handler):
+    """Remembers the statuses of httpx's log lines; a 402 is an answer."""
+
+    last: int | None = None
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Of `HTTP Request: %s %s "%s %d %s"`."""
+        args = record.args
+        if isinstance(args, tuple) and len(args) > 3 and isinstance(args[3], int):
+            self.last = args[3]
+            if self.last == 402:
+                self.give_up()
+
+    def give_up(self) -> None:
+        """Answer with what is known, not waiting for the SDK's threads."""
+        status = self.last if self.last is not None and self.last >= 400 else None
+        print(json.dumps({"error": "Timeout", "status": status}), flush=True)
+        os._exit(1)
 
 
 def main() -> int:
@@ -18,6 +41,14 @@ def main() -> int:
     try:
         import tinker
 
+        statuses = _Statuses()
+        requests = logging.getLogger("httpx")  # set up after the import, which quietens it
+        requests.setLevel(logging.INFO)
+        requests.addHandler(statuses)
+        requests.propagate = False
+        late = threading.Timer(given["seconds"], statuses.give_up)
+        late.daemon = True
+        late.start()
         client = tinker.RestClient(base_url=given["base_url"], api_key=given["api_key"])
         found = client.get_server_capabilities().result(timeout=given["seconds"])
         models: list[dict[str, Any]] = [

@@ -22,7 +22,15 @@ router = APIRouter(prefix="/v1/tinker", tags=["tinker"])
     "/models",
     summary="List Tinker's models",
     response_model=TinkerModels,
-    responses=responses(errors.TinkerOutOfReach, errors.TinkerNotSetUp, errors.InvalidRequest),
+    responses=responses(
+        errors.TinkerOutOfReach,
+        errors.TinkerNotSetUp,
+        errors.TinkerKeyRefused,
+        errors.TinkerForbidden,
+        errors.TinkerBilling,
+        errors.TinkerRateLimited,
+        errors.InvalidRequest,
+    ),
 )
 async def list_tinker_models(request: Request, context: Ctx, caller: Caller) -> Response:
     """What Tinker says it supports now, for the key of `X-Tinker-Api-Key` or the operator's, and which model of this

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import shutil
 import warnings
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from bathyscope_workers.adapters.attached import Adapters
 from bathyscope_workers.adapters.conversion import Converted, convert
@@ -18,6 +21,7 @@ from bathyscope_workers.adapters.conversion.fuse import Lazy
 from bathyscope_workers.adapters.skeleton import Skeleton
 from bathyscope_workers.adapters.source import SourceAdapter
 from bathyscope_workers.adapters.stored import StoredAdapter
+from bathyscope_workers.adapters.unpacking import WEIGHTS
 from tests.workers.adapters.tinker_layout import Case, Edit, tinker_tensors, write_tinker
 
 
@@ -84,6 +88,21 @@ def variant_of(converted: Converted, folder: Path, *, seed: int, noop: bool = Fa
     result = replace(converted, tensors=tensors, digest=digest_of(converted.peft_config, tensors))
     result.save(folder)
     return StoredAdapter.open(folder, result.digest)
+
+
+def rescaled(stored: StoredAdapter, folder: Path, factor: Callable[[str], float]) -> StoredAdapter:
+    """The same adapter with its tensors multiplied, each by what `factor` says of its name."""
+    tensors = {name: tensor * factor(name) for name, tensor in stored.read()}
+
+    def lazy(name: str) -> Lazy:
+        return Lazy(tuple(tensors[name].shape), tensors[name].dtype, lambda: tensors[name])
+
+    digest = digest_of(stored.config, Tensors({name: lazy(name) for name in tensors}))
+    shutil.copytree(stored.folder, folder)
+    with safe_open(folder / WEIGHTS, "pt") as file:
+        metadata = file.metadata()
+    save_file(tensors, folder / WEIGHTS, metadata)
+    return StoredAdapter.open(folder, digest)
 
 
 def merged_into(model: Any, stored: StoredAdapter) -> Any:

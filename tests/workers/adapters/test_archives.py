@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import io
+import os
 import stat
 import struct
 import tarfile
@@ -318,6 +319,29 @@ def test_stored_zip64(tmp_path: Path) -> None:
                 target.write(data)
     (tmp_path / "upload").write_bytes(out.getvalue())
     assert sorted(unpack(tmp_path / "upload", tmp_path / "adapter").files) == sorted(FILES)
+
+
+@pytest.mark.parametrize("form", ["tar", "tar.gz", "zip"])
+@pytest.mark.parametrize("name", [WEIGHTS, "other.txt"])
+def test_a_job_that_is_stopped_unpacks_no_more(form: str, name: str, tmp_path: Path) -> None:
+    files = {name: os.urandom(8 << 20)}
+    data = {"tar": tar, "tar.gz": lambda **rest: gzip.compress(tar(**rest), 1), "zip": zipped}[form](files=files)
+    (tmp_path / "upload").write_bytes(data)
+    left = 3
+
+    def beat() -> None:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise InterruptedError
+
+    if (form, name) == ("zip", "other.txt"):  # which is not read at all
+        with pytest.raises(errors.AdapterIncomplete):
+            unpack(tmp_path / "upload", tmp_path / "adapter", beat=beat)
+        return
+    with pytest.raises(InterruptedError):
+        unpack(tmp_path / "upload", tmp_path / "adapter", beat=beat)
+    assert [path.name for path in tmp_path.iterdir()] == ["upload"]
 
 
 def test_a_read_me_elsewhere_is_skipped(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from tests.workers.adapters.tinker_layout import CASES, SMALL, TOKENS, Case, dif
 
 EXACT = 1e-5
 BY_NAME = {case.name: case for case in CASES}
-EXCLUSIVE = {"qwen3-moe", "gpt-oss", "qwen3.5-moe", "deepseek-v3"}
+EXCLUSIVE = {"qwen3-moe", "gpt-oss", "qwen3.5-moe", "qwen3.5-moe-vision", "deepseek-v3", "kimi-k2.5"}
 """Families whose adapters train experts, which are parameters."""
 
 
@@ -111,6 +111,18 @@ KINDS: dict[str, dict[str, Any]] = {
     "rslora": {"target_modules": ["q_proj", "up_proj"], "use_rslora": True},
     "everything": {"target_modules": ["q_proj", "embed_tokens"], "modules_to_save": ["lm_head"]},
 }
+
+
+@pytest.mark.parametrize("kind", ["rslora", "dora"])
+def test_memory_that_is_counted_is_all_that_is_held(kind: str, tmp_path: Path) -> None:
+    case = BY_NAME["llama"]
+    stored = peft_adapter(case.build(), Skeleton.of(case.config(), name=case.name), tmp_path, **KINDS[kind])
+    adapters = adapters_of(case.build())
+    attached = adapters.attach(stored)
+    pairs = [pair for site in adapters._bank._sites.values() for pair in site.pairs.values()]
+    storages = [part.untyped_storage() for pair in pairs for part in (pair.a, pair.b, pair.gain) if part is not None]
+    held = {storage.data_ptr(): storage.nbytes() for storage in storages}
+    assert sum(held.values()) == attached.memory_bytes == stored.float32_bytes
 
 
 @pytest.mark.parametrize("family", ["llama", "llama-tied", "gemma3"])

@@ -57,6 +57,7 @@ UNSUPPORTED: dict[str, dict[str, Any]] = {
     "a field of next year": {"hyper_rank": 3},
     "an expression that never ends": {"alpha_pattern": {"(a+)+b": 3}},
     "a look-ahead": {"rank_pattern": {"(?=x)q_proj": 3}},
+    "keys that are long together": {"rank_pattern": {"q" * 500 + str(index): 3 for index in range(1000)}},
     "a hundred wildcards": {"alpha_pattern": {f".*{index}": 3 for index in range(100)}},
 }
 

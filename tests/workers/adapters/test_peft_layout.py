@@ -161,6 +161,20 @@ def test_scales_that_differ_within_one_matrix(tmp_path: Path) -> None:
     assert max(differences(states_after(name, tmp_path / "converted"), states_of(merged))) < 1e-5
 
 
+def test_scales_that_differ_are_not_rounded_to_the_files_type(tmp_path: Path) -> None:
+    torch.manual_seed(3)
+    base = "base_model.model.model.layers.0.linear_attn."
+    tensors = {}
+    for leaf, out in (("in_proj_q", 8), ("in_proj_k", 8), ("in_proj_v", 16)):
+        tensors[f"{base}{leaf}.lora_A.weight"] = torch.randn(4, 16).bfloat16()
+        tensors[f"{base}{leaf}.lora_B.weight"] = torch.randn(out, 4).bfloat16()
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 16, "alpha_pattern": {"in_proj_v": 3}}
+    write(tmp_path / "tinker", tensors, config)
+    result = converted("qwen3.5", tmp_path / "tinker")
+    b = result.tensors["base_model.model.model.layers.0.linear_attn.in_proj_qkv.lora_B.weight"]
+    assert torch.equal(b[16:, 8:], tensors[f"{base}in_proj_v.lora_B.weight"].float() * (3 / 16))
+
+
 def test_names_of_a_whole_state_dict(tmp_path: Path) -> None:
     """`lora_A.default.weight`, a bare path without PEFT's prefix, `modules_to_save.default`."""
     expected = save_peft("llama", tmp_path / "peft", target_modules=ATTENTION, modules_to_save=["lm_head"])

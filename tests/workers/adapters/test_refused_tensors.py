@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from bathyscope import errors
 from bathyscope_workers.adapters.conversion import convert
 from bathyscope_workers.adapters.headers import HeaderLimits, read_header
+from bathyscope_workers.adapters.patterns import Patterns
 from bathyscope_workers.adapters.skeleton import Skeleton
 from bathyscope_workers.adapters.source import SourceAdapter
 from tests.workers.adapters.tinker_layout import CASES, PREFIX, tinker_tensors, write_tinker
@@ -199,6 +200,44 @@ def test_refused_with_the_names(what: str, tensors: Tensors, skeleton: Skeleton,
     document = json.loads(json.dumps(fault.value.problem()))
     assert document["type"] == f"/problems/{problem.slug}"
     assert errors.from_problem(document).problem() == document
+
+
+def test_two_names_of_one_module_are_refused_before_any_pattern_is_asked(
+    tensors: Tensors, skeleton: Skeleton, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    again = {
+        name.replace("model.layers.0.self_attn.q", "layers.0.self_attn.q"): tensors[name].clone() for name in (Q_A, Q_B)
+    }
+    folder = write_tinker(tmp_path / "tinker", tensors | again, alpha_pattern={".*q_proj": 8})
+    asked: list[object] = []
+    monkeypatch.setattr(Patterns, "get", lambda *given: asked.append(given) or given[-1])
+    with pytest.raises(errors.AdapterTensorsInvalid) as fault:
+        convert(SourceAdapter.open(folder), skeleton)
+    assert fault.value.names == sorted([Q_A, *(name for name in again if "lora_A" in name)])
+    assert not asked
+
+
+def test_a_module_is_not_found_behind_a_prefix_of_any_length(
+    tensors: Tensors, skeleton: Skeleton, tmp_path: Path
+) -> None:
+    """Patterns are matched in time that grows with the length of a path."""
+    long = {name.replace(f"{PREFIX}model.", f"{PREFIX}{'model.' * 50}"): tensors[name] for name in tensors}
+    with pytest.raises(errors.AdapterTensorsUnmatched):
+        convert(SourceAdapter.open(write_tinker(tmp_path / "tinker", long)), skeleton)
+
+
+def test_a_conversion_can_be_stopped_at_every_module(tensors: Tensors, skeleton: Skeleton, tmp_path: Path) -> None:
+    source = SourceAdapter.open(write_tinker(tmp_path / "tinker", tensors))
+    beats: list[None] = []
+    convert(source, skeleton, beat=lambda: beats.append(None))
+    assert len(beats) >= len(tensors) // 2
+
+
+def test_modules_that_the_config_excludes_need_no_tensors(tensors: Tensors, skeleton: Skeleton, tmp_path: Path) -> None:
+    kept = {name: tensor for name, tensor in tensors.items() if "layers.0.self_attn.q_proj" in name}
+    for index, excluded in enumerate((["model.layers.1.self_attn.q_proj"], r".*\.1\..*")):
+        folder = write_tinker(tmp_path / f"{index}", kept, target_modules=["q_proj"], exclude_modules=excluded)
+        assert len(convert(SourceAdapter.open(folder), skeleton).targets) == 1
 
 
 def test_many_names_are_counted(tensors: Tensors, skeleton: Skeleton, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -11,6 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tarfile
 import threading
 import time
 from collections.abc import Iterator
@@ -212,6 +214,29 @@ def test_a_job_is_stopped_while_it_converts(standin: Standin, model: ModelSpec, 
     assert handler is not None
     with pytest.raises(JobStopped):
         handler(job, JobContext(job, beat=lambda: None, progress=progress))
+    assert list(scratch.iterdir()) == []
+
+
+def test_a_job_is_stopped_while_it_unpacks(model: ModelSpec, scratch: Path, tmp_path: Path) -> None:
+    """And nothing goes on behind it."""
+    with tarfile.open(tmp_path / "upload", "w") as archive:
+        entry = tarfile.TarInfo("adapter_model.safetensors")
+        entry.size = 64 << 20
+        archive.addfile(entry, io.BytesIO(bytes(entry.size)))
+    job = job_of(scratch, None, model, archive_path=str(tmp_path / "upload"))
+    beats: list[int] = []
+
+    def beat() -> None:
+        beats.append(threading.active_count())
+        if (scratch / "files" / "adapter_model.safetensors").exists():
+            raise JobStopped
+
+    before = threading.active_count()
+    handler = resolve(CPU_HANDLERS, "adapter")
+    assert handler is not None
+    with pytest.raises(JobStopped):
+        handler(job, JobContext(job, beat=beat, progress=lambda *_: None))
+    assert set(beats) == {before}
     assert list(scratch.iterdir()) == []
 
 

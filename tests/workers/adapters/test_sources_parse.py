@@ -161,6 +161,22 @@ def test_each_connection_looks_the_name_up_and_checks_it_again(tmp_path: Path, m
     assert not answers
 
 
+@pytest.mark.parametrize(
+    "address", ["169.254.169.254", "fe80::1", "fd00:ec2::254", "::ffff:169.254.169.254", "64:ff9b::a9fe:a9fe"]
+)
+def test_not_even_a_private_server_may_name_a_cloud_machines_own_service(
+    address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = {"hub.example": [PRIVATE], "store.example": [ipaddress.ip_address(address)]}
+    monkeypatch.setattr(_wire, "look_up", lambda host: found[host])
+    with (
+        Wire("http://hub.example", Task(Reach(), tmp_path)) as wire,
+        pytest.raises(UrlRefused),
+        wire.get("http://store.example/file", {}),
+    ):
+        pass
+
+
 def test_a_private_server_may_name_private_addresses(tmp_path: Path) -> None:
     with Wire("http://127.0.0.1:9", Task(Reach(), tmp_path)) as wire:
         assert wire.rules == Rules(plain=True, private=True)

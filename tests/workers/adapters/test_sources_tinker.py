@@ -371,3 +371,29 @@ def test_an_archive_at_a_url_of_another_kind_is_not_fetched(standin: Standin, ru
     standin.fail("archive", Fault(location="file:///etc/passwd"))
     with pytest.raises(errors.AdapterSourceForbidden):
         fetching(run.add_checkpoint("sampler_weights", "final", adapter()))
+
+
+def test_an_archive_whose_url_cannot_be_renewed_is_out_of_reach(standin: Standin, run: Run, fetching: Fetching) -> None:
+    standin.state.archive, standin.state.signed_seconds = "302", 20.0  # so soon that it is asked for again
+    standin.fail("archive", Fault(), Fault(seconds=4))
+    with pytest.raises(errors.TinkerOutOfReach, match="could not be reached"):
+        fetching(run.add_checkpoint("sampler_weights", "final", adapter()), stall_seconds=1.0)
+
+
+# --- what is told of a checkpoint ----------------------------------------------------------------------------------
+
+
+def test_when_it_was_made_and_what_its_account_noted_is_kept_cut_short(run: Run, fetching: Fetching) -> None:
+    run.user_metadata = {f"{number:0100}"[::-1]: "x" * 10_000 for number in range(100)}
+    path = run.add_checkpoint("external_weights", "final", adapter())
+    run.checkpoints["external_weights/final"].made = 1_750_000_000.0
+    facts = fetching(path).facts
+    assert facts is not None
+    assert facts["time"] == "2025-06-15T15:06:40Z"
+    assert len(facts["user_metadata"]) == 32
+    assert max(map(len, facts["user_metadata"])) == 64
+    assert {len(value) for value in facts["user_metadata"].values()} == {512}
+    run.checkpoints["external_weights/final"].user_metadata = {"dataset": "its own"}
+    again = fetching(path).facts
+    assert again is not None
+    assert again["user_metadata"] == {"dataset": "its own"}

@@ -185,19 +185,16 @@ def qwen3_5_edits(model: Any, *, mixture: bool = False, base: str = "model.") ->
     return found
 
 
-def deepseek_edits(model: Any) -> list[Edit]:
+def deepseek_edits(model: Any, *, base: str = "model.") -> list[Edit]:
     found = [UNEMBED]
-    for layer in ("model.layers.0", "model.layers.1"):
-        found += attention(layer, layer, ("q_a_proj", "kv_a_proj_with_mqa", "o_proj"))
-    found += mlp("model.layers.0", "model.layers.0")
-    return (
-        found
-        + experts("model.layers.1", "model.layers.1")
-        + mlp("model.layers.1", "model.layers.1", "mlp.shared_experts")
-    )
+    for index in range(2):
+        layer, own = f"model.layers.{index}", f"{base}layers.{index}"
+        found += attention(layer, own, ("q_a_proj", "kv_a_proj_with_mqa", "o_proj"))
+        found += experts(layer, own) + mlp(layer, own, "mlp.shared_experts") if index else mlp(layer, own)
+    return found
 
 
-def vision_config() -> Any:
+def vision_config(*, mixture: bool = False) -> Any:
     vision = {
         "depth": 1,
         "hidden_size": 16,
@@ -206,8 +203,20 @@ def vision_config() -> Any:
         "out_hidden_size": 16,
         "num_position_embeddings": 16,
     }
+    if mixture:
+        text = hf.Qwen3_5MoeTextConfig(**SMALL, **LINEAR, **MIXTURE, shared_expert_intermediate_size=12)
+        return hf.Qwen3_5MoeConfig(text_config=text.to_dict(), vision_config=vision, tie_word_embeddings=False)
     return hf.Qwen3_5Config(
         text_config=hf.Qwen3_5TextConfig(**SMALL, **LINEAR).to_dict(), vision_config=vision, tie_word_embeddings=False
+    )
+
+
+def kimi_config() -> Any:
+    """Kimi-K2.5: DeepSeek-V3's text model behind a vision tower, its experts in one group."""
+    text = hf.DeepseekV3Config(**{**DEEPSEEK, "n_group": 1, "n_routed_experts": 6}, tie_word_embeddings=False)
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1}
+    return hf.Kimi_K25Config(
+        text_config=text.to_dict(), vision_config=vision, projection_hidden_size=16, tie_word_embeddings=False
     )
 
 
@@ -256,7 +265,19 @@ CASES = [
         ),
         lambda model: qwen3_5_edits(model, mixture=True),
     ),
+    Case(
+        "qwen3.5-moe-vision",
+        lambda: vision_config(mixture=True),
+        lambda model: qwen3_5_edits(model, mixture=True, base="model.language_model."),
+        hf.AutoModelForImageTextToText,
+    ),
     Case("deepseek-v3", lambda: hf.DeepseekV3Config(**DEEPSEEK), deepseek_edits),
+    Case(
+        "kimi-k2.5",
+        kimi_config,
+        lambda model: deepseek_edits(model, base="model.language_model."),
+        hf.AutoModelForImageTextToText,
+    ),
 ]
 """Every family, all with every module that Tinker trains on it."""
 

@@ -21,6 +21,7 @@ from tests.workers.adapters.attaching import (
     load_with_peft,
     merged_into,
     peft_adapter,
+    rescaled,
     variant_of,
 )
 
@@ -213,7 +214,46 @@ def test_the_effect_of_an_adapter(
     assert effects["some"]["relative_change"][0] == 0
     assert min(effects["some"]["relative_change"][1:]) > 0.01
     assert effects["whole"]["relative_change"][0] > 0.01
-    assert effects["nothing"] == {"relative_change": [0.0] * 5, "max": 0.0, "is_noop": True}
+    assert effects["nothing"] == {
+        "relative_change": [0.0] * 5,
+        "max": 0.0,
+        "is_noop": True,
+        "quantization": "none",
+        "compute_dtype": "float32",
+    }
+
+
+@pytest.mark.parametrize("kind", ["lora", "saved"])
+def test_an_adapter_of_the_head_alone_is_no_noop(
+    start_engine: Any, tiny_llama: ModelSpec, kind: str, tmp_path: Path
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama.source)
+    config: dict[str, Any] = {"target_modules": ["lm_head"]}
+    if kind == "saved":
+        config = {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}
+    stored = peft_adapter(model, Skeleton.read(Path(tiny_llama.source)), tmp_path, **config)
+    if kind == "saved":
+        stored = rescaled(stored, tmp_path / "head", lambda name: 0.0 if "lora_B" in name else 1.0)
+    engine = start_engine()
+    run(engine, "head", tiny_llama, [], job={"kind": "adapter", "adapter": wire(stored)})
+    effect = done(engine, "head")["effect"]
+    assert (effect["relative_change"], effect["is_noop"]) == ([0.0] * 5, False)
+
+
+def test_an_adapter_whose_states_overflow_is_refused(
+    start_engine: Any, tiny_llama: ModelSpec, adapters: list[StoredAdapter], tmp_path: Path
+) -> None:
+    """Its values are finite, and so large that their products are not; small again, it is not."""
+    engine = start_engine()
+    for name, scale in (("over", 1e30), ("large", 1e15)):
+        stored = rescaled(adapters[0], tmp_path / name, lambda tensor, by=scale: by if "down_proj" in tensor else 0.0)
+        run(engine, name, tiny_llama, [], job={"kind": "adapter", "adapter": wire(stored)})
+    ended = engine.finished("over", "large")
+    assert ended["over"]["problem"]["type"] == "/problems/adapter-values-invalid"
+    assert ended["over"]["retry"] is False
+    effect = ended["large"]["result"]["effect"]
+    assert effect["max"] > 1e10
+    assert not effect["is_noop"]
 
 
 def test_an_adapter_that_does_not_attach_fails_its_own_job(
@@ -465,6 +505,7 @@ def test_an_adapter_in_use_is_not_evicted(
     run(engine, "many", tiny_llama, texts(random_ids, [1]), adapters[:3])
     problem = engine.finished("many")["many"]["problem"]
     assert problem["type"] == "/problems/out-of-memory"
-    assert problem["needed_bytes"] >= 2 * each
+    assert problem["adapter_bytes"] == 3 * each
+    assert "model" not in problem, "the base is not what does not fit"
     run(engine, "fits", tiny_llama, texts(random_ids, [1]), adapters[:2])
     assert engine.finished("fits")["fits"]["ev"] == "done"

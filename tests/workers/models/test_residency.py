@@ -180,8 +180,62 @@ def test_adapters_beyond_the_bound(
     assert a is not None
     with pytest.raises(errors.OutOfMemory) as raised:
         attach(residency, a, adapters[0])
-    assert raised.value.extra["needed_bytes"] == adapters[0].float32_bytes
+    each = adapters[0].float32_bytes
+    assert raised.value.extra == {"adapter_bytes": each, "limit_bytes": watched.size + each - 1}, "of no model"
     assert held(a) == set()
+
+
+def test_nothing_goes_for_adapters_that_do_not_fit(
+    watched: Watched, named: Callable[[str], ModelSpec], adapters: list[StoredAdapter]
+) -> None:
+    each = adapters[0].float32_bytes
+    residency = Residency(Device("cpu", 1, 2 * watched.size + each + each // 2))
+    a, b = residency.get(named("a")), residency.get(named("b"))
+    assert a is not None
+    assert b is not None
+    assert attach(residency, a, adapters[0])
+    assert not attach(residency, a, adapters[1], adapters[2], busy={b.key}, in_use={(a.key, adapters[0].digest)})
+    assert (residency.keys, held(a)) == ([a.key, b.key], {adapters[0].digest})
+    residency.device = Device("cpu", 1, watched.size + 3 * each - 1)
+    with pytest.raises(errors.OutOfMemory):
+        attach(residency, a, *adapters[:3])
+    assert (residency.keys, held(a)) == ([a.key, b.key], {adapters[0].digest})
+
+
+def test_a_model_that_must_wait_takes_no_idle_one_with_it(watched: Watched, named: Callable[[str], ModelSpec]) -> None:
+    residency = Residency(Device("cpu", 1, watched.size * 7 // 2))
+    residency.get(named("a"))
+    residency.get(named("b"))
+    residency.get(named("c"))
+    before = list(residency.keys)
+    room = watched.size * 2
+    assert not residency._make_room(room, set(before[:2]), ())
+    assert residency.keys == before
+
+
+def test_an_adapter_that_waits_is_read_once(
+    watched: Watched,
+    named: Callable[[str], ModelSpec],
+    adapters: list[StoredAdapter],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    each = adapters[0].float32_bytes
+    residency = Residency(Device("cpu", 1, watched.size + each))
+    a = residency.get(named("a"))
+    assert a is not None
+    assert attach(residency, a, adapters[0])
+    opened: list[str] = []
+    inner = StoredAdapter.open
+
+    def counted(folder: Path, digest: str) -> StoredAdapter:
+        opened.append(digest)
+        return inner(folder, digest)
+
+    monkeypatch.setattr(StoredAdapter, "open", counted)
+    for _ in range(3):
+        assert not attach(residency, a, adapters[1], in_use={(a.key, adapters[0].digest)})
+    assert attach(residency, a, adapters[1])
+    assert opened == [adapters[1].digest]
 
 
 @pytest.mark.parametrize("kind", ["plain", "saved"])

@@ -58,18 +58,21 @@ class Entry(Protocol):
         """Pass over it."""
 
 
-def entries_of(file: BinaryIO, size: int, limits: Limits, notes: list[str]) -> Iterator[Entry]:
-    """The entries of an archive of `size` bytes; the format is told by its first bytes."""
+def entries_of(
+    file: BinaryIO, size: int, limits: Limits, notes: list[str], beat: Callable[[], None]
+) -> Iterator[Entry]:
+    """The entries of an archive of `size` bytes; the format is told by its first bytes. `beat` is called for each chunk
+    of those that are passed over."""
     from bathyscope_workers.adapters._zip import zip_entries
 
     start = file.read(_BLOCK)
     file.seek(0)
     if start.startswith(b"\x1f\x8b"):
-        return _tar_entries(_Gunzip(file, limits).read, limits, notes)
+        return _tar_entries(_Gunzip(file, limits).read, limits, notes, beat)
     if start.startswith((b"PK\x03\x04", b"PK\x05\x06")):
         return zip_entries(file, size, limits, notes)
-    if start[257:262] == b"ustar" or _is_header(start):
-        return _tar_entries(file.read, limits, notes)
+    if start[257:262] == b"ustar" or _is_header(start) or start == bytes(_BLOCK):  # zeros are the end of a tar
+        return _tar_entries(file.read, limits, notes, beat)
     raise errors.AdapterArchiveUnreadable("the file is no tar, tar.gz or zip archive; pack the adapter's folder as one")
 
 
@@ -161,7 +164,13 @@ class _TarEntry:
             pass
 
 
-def _tar_entries(read: Callable[[int], bytes], limits: Limits, notes: list[str]) -> Iterator[Entry]:
+def _tar_entries(
+    read_on: Callable[[int], bytes], limits: Limits, notes: list[str], beat: Callable[[], None]
+) -> Iterator[Entry]:
+    def read(size: int) -> bytes:
+        beat()
+        return read_on(size)
+
     count = total = 0
     extra: dict[str, str] = {}
     while (block := read(_BLOCK)) != bytes(_BLOCK):
@@ -205,10 +214,14 @@ def _tar_entries(read: Callable[[int], bytes], limits: Limits, notes: list[str])
 
 
 def _not_plain(info: tarfile.TarInfo) -> str | None:
-    if info.type in (tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.GNUTYPE_LONGLINK):
-        return "a link"
-    if info.type in (tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE):
-        return "a device or a pipe"
+    if info.type in (tarfile.SYMTYPE, tarfile.GNUTYPE_LONGLINK):
+        return "a symbolic link"
+    if info.type == tarfile.LNKTYPE:
+        return "a hard link"
+    if info.type in (tarfile.CHRTYPE, tarfile.BLKTYPE):
+        return "a device"
+    if info.type == tarfile.FIFOTYPE:
+        return "a pipe"
     if info.type == tarfile.GNUTYPE_SPARSE:
         return "a sparse file"
     if info.type not in (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.DIRTYPE):

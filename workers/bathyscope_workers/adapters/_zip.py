@@ -20,6 +20,12 @@ _LOCAL = struct.Struct("<4s5H3L2H")
 _MAX_DIRECTORY = 4 << 20
 _DESCRIPTOR_FLAG, _UTF8_FLAG, _ENCRYPTED_FLAGS = 0x8, 0x800, 0x1 | 0x40 | 0x2000
 _UNKNOWN = 0xFFFFFFFF
+_KINDS = {
+    stat.S_IFLNK: "a symbolic link",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+    stat.S_IFIFO: "a pipe",
+}
 
 
 def zip_entries(file: BinaryIO, size: int, limits: Limits, notes: list[str]) -> Iterator[Entry]:
@@ -112,8 +118,10 @@ def _check_entry(file: BinaryIO, info: zipfile.ZipInfo, following: int) -> None:
         raise unsafe("an encrypted entry", name)
     mode = info.external_attr >> 16
     kind = stat.S_IFMT(mode)
-    if kind not in (0, stat.S_IFREG, stat.S_IFDIR) or (kind == stat.S_IFDIR) != (kind != 0 and info.is_dir()):
-        raise unsafe("a link, a device or a pipe", name)
+    if kind not in (0, stat.S_IFREG, stat.S_IFDIR):
+        raise unsafe(_KINDS.get(kind, "an entry that is no regular file"), name)
+    if kind and (kind == stat.S_IFDIR) != info.is_dir():
+        raise unsafe("a folder that is a file, or a file that is a folder", name)
     if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
         raise unreadable(f"its compression method {info.compress_type} is not zip's own; use deflate")
     if "\0" in name:

@@ -42,9 +42,12 @@ class LoraPair:
 
 
 def with_magnitude(module: nn.Module, pair: LoraPair, magnitude: torch.Tensor) -> LoraPair:
-    """A DoRA pair: each row of W + scale B A is brought to the length that `magnitude` (out,) says."""
+    """A DoRA pair: each row of W + scale B A is brought to the length that `magnitude` (out,) says.
+
+    B is multiplied in place: it is a part of an allocation that A keeps alive.
+    """
     gain = magnitude / torch.linalg.vector_norm(matrix_of(module) + pair.scale * (pair.b @ pair.a), dim=1)
-    return LoraPair(pair.a, pair.b * gain[:, None], pair.scale, gain)
+    return LoraPair(pair.a, pair.b.mul_(gain[:, None]), pair.scale, gain)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,7 @@
 """Converted adapters on the worker's own disk, so that one that is used again is not downloaded again.
 
     <data_dir>/adapters/<digest>/            a whole PEFT folder; its time is that of its last use
-    <data_dir>/adapters/.<digest>.<…>/       one in the making
+    <data_dir>/adapters/.<digest>.<…>/       one in the making, locked by its maker, or one on its way out
     <data_dir>/adapters/.locks/<xx>          held by whoever makes or removes a folder whose digest begins so
 
 Several workers may share a data folder. Who asks gets hard links of his own, so that a folder that is removed to make
@@ -18,12 +18,9 @@ import hashlib
 import os
 import shutil
 import tempfile
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-
-import psutil
 
 from bathyscope.errors import Expired, Unavailable
 from bathyscope_backplane.artifacts import ROLES, ArtifactStore, Blobs
@@ -80,7 +77,7 @@ class AdapterCache:
         return True
 
     async def _download(self, digest: str, blobs: Blobs, target: Path) -> None:
-        making = await asyncio.to_thread(self._begin, digest)
+        making, lock = await asyncio.to_thread(self._begin, digest)
         try:
             for role, blob in blobs.items():
                 path = making / ROLES[role]
@@ -93,6 +90,7 @@ class AdapterCache:
             await asyncio.to_thread(self._finish, digest, making, blobs, target)
         finally:
             await asyncio.to_thread(shutil.rmtree, making, ignore_errors=True)
+            os.close(lock)
 
     async def _fetch(self, key: str, path: Path) -> None:
         local = self._store.local_path(key)
@@ -102,9 +100,17 @@ class AdapterCache:
                 return
         await self._store.download(key, path)
 
-    def _begin(self, digest: str) -> Path:
+    def _begin(self, digest: str) -> tuple[Path, int]:
+        """A folder to make an adapter in, and the lock that says that its maker lives."""
         self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        return Path(tempfile.mkdtemp(prefix=f".{digest}.{os.getpid()}.", dir=self._folder))
+        while True:
+            making = Path(tempfile.mkdtemp(prefix=f".{digest}.", dir=self._folder))
+            with contextlib.suppress(FileNotFoundError):
+                lock = os.open(making, os.O_RDONLY | os.O_DIRECTORY)
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                if making.is_dir():
+                    return making, lock
+                os.close(lock)  # another worker, as it swept, took it for a dead one's
 
     def _finish(self, digest: str, making: Path, blobs: Blobs, target: Path) -> None:
         home = self._folder / digest
@@ -121,10 +127,14 @@ class AdapterCache:
     # --- room ---------------------------------------------------------------------------------------------
 
     def _sweep(self) -> None:
-        for path in self._folder.glob(".*.*.*"):
-            pid = path.name.split(".")[2]
-            if pid.isdigit() and not psutil.pid_exists(int(pid)):
-                shutil.rmtree(path, ignore_errors=True)
+        for path in self._folder.glob(".*.*"):
+            with contextlib.suppress(OSError):
+                folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+                try:
+                    fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    shutil.rmtree(path, ignore_errors=True)
+                finally:
+                    os.close(folder)
         self._make_room()
 
     def _make_room(self, keep: str = "") -> None:
@@ -142,7 +152,7 @@ class AdapterCache:
                 continue
             with self._locked(home.name), contextlib.suppress(OSError):
                 if home.stat().st_mtime == used:  # else it has been used meanwhile
-                    doomed = home.with_name(f".{home.name}.{os.getpid()}.{time.monotonic_ns()}")
+                    doomed = Path(tempfile.mkdtemp(prefix=f".{home.name}.", dir=self._folder))
                     home.rename(doomed)  # whole or not at all, for whoever looks
                     shutil.rmtree(doomed, ignore_errors=True)
                     self._verified.discard(home.name)

@@ -8,6 +8,7 @@ here, and fields that nobody knows, are refused by name unless they are off. Wha
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -31,7 +32,6 @@ _DROPPED = frozenset(
     {
         "auto_mapping",
         "eva_config",
-        "exclude_modules",
         "inference_mode",
         "layers_pattern",
         "lora_dropout",
@@ -79,6 +79,8 @@ class AdapterConfig(BaseModel):
     """Which biases were trained too; any that lies in the file is refused, since the base is shared."""
     target_modules: Annotated[str, Field(max_length=65536)] | _Names | None = None
     """What was trained. A list is held against the tensors; a regular expression is not evaluated."""
+    exclude_modules: Annotated[str, Field(max_length=65536)] | _Names | None = None
+    """What was left out of `target_modules`. With it the list is not held against the tensors."""
     target_parameters: _FewNames | None = None
     """Parameters, rather than modules, that were trained: experts held in one 3-D tensor."""
     modules_to_save: _FewNames | None = None
@@ -99,6 +101,10 @@ class AdapterConfig(BaseModel):
     def alphas(self) -> Patterns:
         """`alpha_pattern`, ready to be asked."""
         return Patterns(self.alpha_pattern or {})
+
+
+_EITHER = ("target_modules", "exclude_modules", "layers_to_transform")
+"""Fields of either of two types."""
 
 
 def read_config(path: Path) -> tuple[AdapterConfig, list[str]]:
@@ -136,10 +142,8 @@ def parse_config(raw: dict[str, Any]) -> tuple[AdapterConfig, list[str]]:
             _check_pattern(name, pattern)
     except ValidationError as error:
         faults = error.errors(include_url=False, include_input=False)
-        first = faults[0]
-        where = ".".join(str(part)[:80] for part in first["loc"][:2])
         raise errors.AdapterConfigInvalid(
-            f"{where} of {FILE}: {first['msg']}"[:500], names=sorted({str(fault["loc"][0]) for fault in faults})
+            _sentence(faults)[:500], names=sorted({str(fault["loc"][0]) for fault in faults})
         ) from None
     return config, notes
 
@@ -168,6 +172,18 @@ def _check_pattern(field: str, pattern: dict[str, int] | dict[str, float] | None
             f"{field} of {FILE} has a key that is not evaluated here; write module names in its place",
             names=[str(fault)],
         ) from None
+
+
+def _sentence(faults: Sequence[Mapping[str, Any]]) -> str:
+    """What is wrong with the first field at fault."""
+    field = faults[0]["loc"][0]
+    if field not in _EITHER:
+        where = ".".join(str(part)[:80] for part in faults[0]["loc"][:2])
+        return f"{where} of {FILE}: {faults[0]['msg']}"
+    # Of a value that may be of two types, what is said against the type that it has.
+    own = [fault for fault in faults if fault["loc"][0] == field]
+    own = [fault for fault in own if not (len(fault["loc"]) == 2 and fault["type"].endswith("_type"))] or own
+    return f"{field} of {FILE}: " + " or ".join(dict.fromkeys(fault["msg"] for fault in own))
 
 
 def _refuse_what_is_on(raw: dict[str, Any]) -> None:

@@ -52,6 +52,8 @@ class HeaderLimits:
 
     header_bytes: int = 32 << 20
     """An adapter with one tensor for each of 384 experts in 60 layers has about 25 MiB of header."""
+    values: int = 5_000_000
+    """Lists, objects and commas in it; so many tensors as are read need less."""
     tensors: int = 200_000
     axes: int = 8
     """Of one tensor."""
@@ -102,6 +104,11 @@ def read_header(path: Path, limits: HeaderLimits | None = None) -> dict[str, Ten
         raw = file.read(length)
     if not raw.startswith(b"{"):
         raise _malformed(path, "does not begin with '{'")
+    # Before it is parsed: an empty list takes two bytes here, and thirty times that in memory.
+    if sum(raw.count(mark) for mark in (b"[", b"{", b",")) > limits.values:
+        raise errors.AdapterTooLarge(
+            f"the header of {path.name} holds more than {limits.values} values; check that it is a safetensors file"
+        )
     try:
         header = _json.parse(raw, max_bytes=limits.header_bytes, max_depth=4)
     except _json.JsonFault as fault:

@@ -41,6 +41,9 @@ class _Token:
 class Pattern:
     """One key."""
 
+    MAX_REPEATS = 8
+    """`*` and `+` in it: time goes with their number."""
+
     def __init__(self, key: str) -> None:
         self._anchored = key.startswith("^")
         body = key.removeprefix("^").removesuffix("$")
@@ -61,7 +64,16 @@ class Pattern:
                 self._tokens.append(_Token("literal", found["escaped"] or found["literal"], 1, False))
         if not self._tokens:
             raise PatternFault(key)
-        self.has_wildcard = any(token.many for token in self._tokens)
+        repeats = sum(token.many for token in self._tokens)
+        if repeats > self.MAX_REPEATS:
+            raise PatternFault(key)
+        self.has_wildcard = repeats > 0
+        self.length = len(self._tokens)
+        # Sets of states as the bits of a number. State i: the first i tokens are done, so a token that repeats takes
+        # on in the state behind it.
+        self._many = sum(1 << index + 1 for index, token in enumerate(self._tokens) if token.many)
+        self._optional = sum(1 << index for index, token in enumerate(self._tokens) if token.least == 0)
+        self._takers: dict[str, int] = {}
 
     def matches(self, path: str) -> bool:
         """Whether the key names this module, or the end of its path after a dot."""
@@ -70,33 +82,27 @@ class Pattern:
             if start < 0 or (start and (self._anchored or path[start - 1] != ".")):
                 return False
             return all(token.takes(character) for token, character in zip(self._tokens, path[start:], strict=True))
-        starts = [0]
-        if not self._anchored:
-            starts += [index + 1 for index, character in enumerate(path) if character == "."]
-        states = self._closure(set())
+        states = self._closure(1)
         for index, character in enumerate(path):
-            if index in starts:
-                states |= self._closure({0})
-            states = self._closure(self._step(states, character))
-        return len(self._tokens) in states
+            if index and path[index - 1] == "." and not self._anchored:
+                states = self._closure(states | 1)
+            takers = self._takers_of(character)
+            states = self._closure((states & takers) << 1 | (states & self._many & takers << 1))
+            if not states and self._anchored:
+                return False
+        return bool(states >> self.length & 1)
 
-    def _step(self, states: set[int], character: str) -> set[int]:
-        # State i: the first i tokens are done. A token that repeats may take on in state i + 1.
-        after = set()
-        for state in states:
-            if state < len(self._tokens) and self._tokens[state].takes(character):
-                after.add(state + 1)
-            if state and self._tokens[state - 1].many and self._tokens[state - 1].takes(character):
-                after.add(state)
-        return after
+    def _takers_of(self, character: str) -> int:
+        """States whose next token takes the character."""
+        found = self._takers.get(character)
+        if found is None:
+            found = sum(1 << index for index, token in enumerate(self._tokens) if token.takes(character))
+            self._takers[character] = found
+        return found
 
-    def _closure(self, states: set[int]) -> set[int]:
-        todo = list(states)
-        while todo:
-            state = todo.pop()
-            if state < len(self._tokens) and self._tokens[state].least == 0 and state + 1 not in states:
-                states.add(state + 1)
-                todo.append(state + 1)
+    def _closure(self, states: int) -> int:
+        while more := (states & self._optional) << 1 & ~states:
+            states |= more
         return states
 
 
@@ -105,12 +111,19 @@ class Patterns:
 
     MAX_WILDCARDS = 64
     """Keys with `*` or `+` cost most."""
+    MAX_TOKENS = 65_536
+    """Of all keys together: what a module's path is held against. One key for each of a thousand modules fits."""
 
     def __init__(self, values: Mapping[str, float]) -> None:
         self._values = [(Pattern(key), value) for key, value in values.items()]
         wild = [key for key, (pattern, _) in zip(values, self._values, strict=True) if pattern.has_wildcard]
         if len(wild) > self.MAX_WILDCARDS:
             raise PatternFault(wild[self.MAX_WILDCARDS])
+        tokens = 0
+        for key, (pattern, _) in zip(values, self._values, strict=True):
+            tokens += pattern.length
+            if tokens > self.MAX_TOKENS:
+                raise PatternFault(key)
 
     def get(self, paths: Iterable[str], default: float) -> float:
         """The value for a module that is known by these paths."""

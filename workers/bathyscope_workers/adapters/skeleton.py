@@ -17,8 +17,11 @@ from torch import nn
 
 ModuleKind = Literal["linear", "embedding", "conv1d", "other"]
 
-_TEXT_PATH = re.compile(r"(?:(?:model|language_model|text_model)\.)*(?P<rest>(?:layers|embed_tokens|norm)(?:\..+)?)")
-_HEAD_PATH = re.compile(r"(?:(?:model|language_model|text_model)\.)*(?:lm_head|unembed_tokens)")
+# At most three: "model.language_model.model." is the longest in use, and what is matched against a path must be short.
+_TEXT_PATH = re.compile(
+    r"(?:(?:model|language_model|text_model)\.){0,3}(?P<rest>(?:layers|embed_tokens|norm)(?:\..+)?)"
+)
+_HEAD_PATH = re.compile(r"(?:(?:model|language_model|text_model)\.){0,3}(?:lm_head|unembed_tokens)")
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+import unicodedata
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -44,15 +45,19 @@ class Unpacked:
     """Sentences for the adapter's record."""
 
 
-def unpack(archive: Path, folder: Path, limits: Limits | None = None) -> Unpacked:
+def unpack(
+    archive: Path, folder: Path, limits: Limits | None = None, *, beat: Callable[[], None] = lambda: None
+) -> Unpacked:
     """Unpack a tar, tar.gz or zip, told by its first bytes, into `folder`, which is empty or is made.
+
+    `beat` is called for each chunk, and may raise to end it.
 
     Raises AdapterArchiveUnsafe, AdapterArchiveUnreadable, AdapterTooLarge, AdapterIncomplete and AdapterPickled; the
     folder is then empty again, or gone if it was made here.
     """
     limits = limits or Limits()
     with _empty_again(folder), archive.open("rb") as file:
-        result = _unpack(file, archive.stat().st_size, folder, limits)
+        result = _unpack(file, archive.stat().st_size, folder, limits, beat)
         check_folder(folder, others=result.skipped)
         return result
 
@@ -79,18 +84,16 @@ def check_folder(folder: Path, *, others: list[str] | None = None) -> None:
     )
 
 
-def _unpack(file: BinaryIO, size: int, folder: Path, limits: Limits) -> Unpacked:
+def _unpack(file: BinaryIO, size: int, folder: Path, limits: Limits, beat: Callable[[], None]) -> Unpacked:
     result = Unpacked()
     homes: dict[str, str] = {}
-    seen: set[str] = set()
-    for entry in entries_of(file, size, limits, result.notes):
+    seen: dict[str, str] = {}
+    for entry in entries_of(file, size, limits, result.notes, beat):
         path = _safe_path(entry.name)
-        key = path.casefold()
-        if key in seen:
-            raise errors.AdapterArchiveUnsafe(
-                "the archive holds a path twice, or two that differ in case only; pack it again", names=[entry.name]
-            )
-        seen.add(key)
+        if (other := seen.get(key := _folded(path))) is not None:
+            what = "a path twice" if other == path else "two paths that are taken for the same on some systems"
+            raise errors.AdapterArchiveUnsafe(f"the archive holds {what}; pack it again", names=[other, entry.name])
+        seen[key] = path
         if entry.is_folder:
             continue
         home, _, name = path.rpartition("/")
@@ -103,18 +106,21 @@ def _unpack(file: BinaryIO, size: int, folder: Path, limits: Limits) -> Unpacked
                 "the archive holds files of an adapter in several folders; pack one adapter", names=[entry.name]
             )
         homes[name] = home
-        _write(entry, folder / name)
+        _write(entry, folder / name, beat)
         result.files.append(name)
+    if not seen:
+        raise errors.AdapterIncomplete("the archive is empty; pack the folder that PEFT or Tinker saved")
     if result.skipped:
         shown = ", ".join(result.skipped[:_MAX_NOTED])
         result.notes.append(f"archive: skipped {len(result.skipped)} other files: {shown}"[:2000])
     return result
 
 
-def _write(entry: Entry, path: Path) -> None:
+def _write(entry: Entry, path: Path, beat: Callable[[], None]) -> None:
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
     with os.fdopen(descriptor, "wb", buffering=CHUNK) as target:
         for chunk in entry.chunks():
+            beat()
             target.write(chunk)
 
 
@@ -139,6 +145,11 @@ def _safe_path(name: str) -> str:
             f"a path in the archive {fault}; pack the adapter's folder with plain relative paths", names=[repr(name)]
         )
     return "/".join(parts)
+
+
+def _folded(path: str) -> str:
+    """What a path is where letters' case, width and composition do not count."""
+    return unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", path).casefold())
 
 
 @contextmanager

@@ -64,7 +64,7 @@ def _fetch(job: RunJob, folder: Path, task: Task) -> Fetched:
         fetched = sources.fetch(parse_source(job.spec["source"]), folder, task)
     if fetched.archive is not None:
         limits = Limits(total_bytes=task.reach.max_bytes)
-        unpacked = _in_thread(task, lambda: unpack(fetched.archive or Path(), folder, limits))
+        unpacked = unpack(fetched.archive, folder, limits, beat=task.beat)
         fetched.notes += unpacked.notes
         if fetched.archive.parent == task.scratch:
             fetched.archive.unlink()  # an upload's may be the store's own file
@@ -90,7 +90,7 @@ def _convert(
     adapter = _watched(plain, _identity(model) or model.name, task, context)
     skeleton = _skeleton(model, task, Skeleton.read)
     try:
-        converted = convert_onto(adapter, skeleton)
+        converted = convert_onto(adapter, skeleton, beat=task.beat)
     except ModuleNotFoundError as error:
         if error.name != "peft":
             raise

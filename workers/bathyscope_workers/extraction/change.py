@@ -23,17 +23,17 @@ class ChangeSum:
     def add(self, first_layer: int, base: torch.Tensor, other: torch.Tensor) -> None:
         """Vectors of layers from `first_layer` on; both are (vectors, layers, hidden)."""
         wide = base.float()
-        norm = torch.linalg.vector_norm(wide, dim=-1)
-        ratio = torch.linalg.vector_norm(other.float() - wide, dim=-1) / norm  # (vectors, layers)
+        # The squares of what float32 holds are not always in float32.
+        norm = torch.linalg.vector_norm(wide, dim=-1, dtype=torch.float64)
+        ratio = torch.linalg.vector_norm(other.float() - wide, dim=-1, dtype=torch.float64) / norm  # (vectors, layers)
         known = torch.isfinite(ratio) & (norm > 0)
         here = slice(first_layer, first_layer + ratio.shape[1])
-        self._sums[here] += torch.where(known, ratio, 0.0).double().sum(0).cpu().numpy()
+        self._sums[here] += torch.where(known, ratio, 0.0).sum(0).cpu().numpy()
         self._counts[here] += known.sum(0).cpu().numpy()
 
-    def means(self) -> list[float]:
-        """One number a layer; 0 where nothing was counted."""
-        found: list[float] = (self._sums / np.maximum(self._counts, 1)).tolist()
-        return found
+    def means(self) -> list[float | None]:
+        """One number a layer; None where no vector was counted."""
+        return [float(total / count) if count else None for total, count in zip(self._sums, self._counts, strict=True)]
 
 
 class VariantChanges:
@@ -56,9 +56,9 @@ class VariantChanges:
             for other in range(1, len(self._sums)):
                 self._compare(other, inputs[self._done[other, inputs]])
 
-    def relative_change(self) -> list[list[float]]:
-        """For each variant one number a layer; zeros for the first."""
-        return [one.means() for one in self._sums]
+    def relative_change(self) -> list[list[float | None]]:
+        """For each variant one number a layer, None where there is none; zeros for the first."""
+        return [[0.0] * self._states.shape[2], *(one.means() for one in self._sums[1:])]
 
     def _compare(self, variant: int, inputs: NDArray[np.int64]) -> None:
         inputs = inputs[~self._compared[variant, inputs]]

@@ -59,9 +59,9 @@ class ExtractionResult:
     pooling none, of one variant."""
     provenance: dict[str, Any]
     """What the numbers depend on; the file's metadata holds the same as strings."""
-    relative_change: list[list[float]] | None
+    relative_change: list[list[float | None]] | None
     """Of a paired one: for each variant one number a layer, in the order asked for: the mean over vectors of the norm
-    of the difference from the first variant over the norm of that."""
+    of the difference from the first variant over the norm of that; None where no vector has such a number."""
     choices: dict[str, Any] | None = None
     """What `Questions.write` gives, of one whose choices were scored."""
 

@@ -42,6 +42,10 @@ class Existing:
     path: str
 
 
+class Undecided(Exception):
+    """What the job waits for is another job's to decide: it gives its place up, and is tried again later."""
+
+
 @dataclass(slots=True)
 class JobWork:
     """One attempt, as the module of its kind sees it."""

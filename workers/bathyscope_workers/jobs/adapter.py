@@ -13,14 +13,14 @@ import os
 from pathlib import Path
 from typing import Any
 
-from bathyscope.errors import ModelUnknown, StateConflict, TooLarge, Unavailable
+from bathyscope.errors import ModelUnknown, StateConflict, TooLarge
 from bathyscope_backplane.artifacts import ROLES, Blob, Blobs, Claim, Resource, Taken
 from bathyscope_backplane.plane import Backplane
 from bathyscope_backplane.registry import ModelEntry
 from bathyscope_backplane.times import rfc3339
 from bathyscope_workers.adapters.sources._reach import Reach
-from bathyscope_workers.jobs._base import Existing, Handover, JobWork
-from bathyscope_workers.models.spec import ModelSpec
+from bathyscope_workers.jobs._base import Existing, Handover, JobWork, Undecided
+from bathyscope_workers.models.spec import QUANTIZATIONS, ModelSpec
 
 _FOLDER = "peft"
 """Where a converted adapter lies in the scratch folder."""
@@ -42,6 +42,16 @@ class AdapterJob:
         if "staged" in work.payload:
             return await _describe(work, event["result"]["effect"])
         return await _hand_over(work, event["result"])
+
+    def smaller(self, work: JobWork, problem: dict[str, Any]) -> Handover | None:
+        """Where an adapter goes whose base did not fit into memory: to a smaller variant of it, if one is offered."""
+        if work.resident is None or not str(problem.get("type", "")).endswith("/out-of-memory"):
+            return None
+        entry = work.plane.registry.get(work.resident.name)
+        for quantization in QUANTIZATIONS[QUANTIZATIONS.index(work.resident.quantization) + 1 :]:
+            if quantization in entry.quantizations:
+                return Handover(f"model:{entry.name}:{quantization}:{entry.compute_dtype}", work.payload)
+        return None
 
     async def discard(self, work: JobWork) -> None:
         """Remove what was put by for a job that came to nothing."""
@@ -141,13 +151,30 @@ async def _upload(work: JobWork, digest: str) -> Blobs:
 
 
 async def _lane(plane: Backplane, entry: ModelEntry) -> str:
-    """Where the adapter is attached first: to a variant of its base that some worker holds, else to the first one."""
-    for info in (await plane.workers.alive()).values():
+    """Where the adapter is attached first: to a variant of its base that some worker holds, else to the first one that
+    is not known to be too large for all of them, else to the smallest."""
+    alive = [info for info in (await plane.workers.alive()).values() if not info.get("draining")]
+    for info in alive:
         for held in info.get("residents", ()):
-            fits = held["model"] == entry.name and held["state"] == "hot" and not info.get("draining")
+            fits = held["model"] == entry.name and held["state"] == "hot"
             if fits and held["quantization"] in entry.quantizations:
                 return f"model:{entry.name}:{held['quantization']}:{held['compute_dtype']}"
-    return f"model:{entry.name}:{entry.quantizations[0]}:{entry.compute_dtype}"
+    known = await plane.workers.memory()
+    offered = [quantization for quantization in QUANTIZATIONS if quantization in entry.quantizations]
+    chosen = offered[-1]
+    for quantization in entry.quantizations:
+        spec = ModelSpec(entry.name, entry.source, quantization=quantization, compute_dtype=entry.compute_dtype)
+        if not alive or any(_may_fit(spec, info, known) for info in alive):
+            chosen = quantization
+            break
+    return f"model:{entry.name}:{chosen}:{entry.compute_dtype}"
+
+
+def _may_fit(spec: ModelSpec, worker: dict[str, Any], known: dict[str, int]) -> bool:
+    """Whether a model is not known to be too large for a worker."""
+    device = "cpu" if (worker.get("device") or "cpu") == "cpu" else "cuda"
+    limit = worker.get("memory_limit_bytes")
+    return not limit or known.get(spec.resolved(device).key, 0) <= limit
 
 
 # --- the second part --------------------------------------------------------------------------------------
@@ -181,7 +208,8 @@ async def _describe(work: JobWork, effect: dict[str, Any]) -> Resource | Existin
             return Existing(f"/v1/adapters/{resource.id}")
         raise _name_taken(name)
     if blobs["weights"].key != staged["weights"].key:
-        await _release(work, staged)
+        await _release(work, staged, claims=False)
+    work.attached = blobs  # not before: when that failed, this is called again
     link = f"/v1/adapters/{work.lease.resource_id}"
     source = converted.get("source", spec.get("source"))
     body = {
@@ -210,7 +238,7 @@ async def _describe(work: JobWork, effect: dict[str, Any]) -> Resource | Existin
 
 
 async def _stands(work: JobWork, claim: Claim) -> Resource | None:
-    """The adapter of a claim, null when its job came to nothing. Raises `Unavailable` while that is not decided."""
+    """The adapter of a claim, null when its job came to nothing. Raises `Undecided` while that is not known."""
     catalogue = work.plane.catalogue
     resource = await catalogue.get(claim.id)
     if resource is not None or claim == _claim_of(work):
@@ -218,14 +246,14 @@ async def _stands(work: JobWork, claim: Claim) -> Resource | None:
     record = await work.plane.broker.get(claim.job)
     if record is None or record.ended:  # looked up once more: it may have been committed in between
         return await catalogue.get(claim.id)
-    raise Unavailable("Another job is about to make the same adapter, or one of this name; this one waits for it.")
+    raise Undecided("Another job is about to make the same adapter, or one of this name; this one waits for it.")
 
 
-async def _release(work: JobWork, blobs: Blobs) -> None:
-    """Give the share in some files back; they go when nobody else has one."""
-    shelf, name = work.plane.catalogue.shelf, work.spec.get("name")
-    key = blobs["weights"].key
-    if await shelf.release([_claim_of(work)], work.lease.owner, key.split("/")[1], name, key):
+async def _release(work: JobWork, blobs: Blobs, *, claims: bool = True) -> None:
+    """Give the share in some files back, and digest and name with it; files go when nobody else has a share."""
+    shelf, key = work.plane.catalogue.shelf, blobs["weights"].key
+    owner, name = (work.lease.owner, work.spec.get("name")) if claims else ("", None)
+    if await shelf.release([_claim_of(work)], owner, key.split("/")[1], name, key):
         for blob in blobs.values():
             await work.plane.store.delete(blob.key)
 

@@ -45,6 +45,8 @@ class Residency:
         """Files and estimated bytes of models that wait for room."""
         self._specs: dict[str, ModelSpec] = {}
         """By key as asked for and by resolved key: enough to load an evicted model again."""
+        self._opened: dict[tuple[str, Path], StoredAdapter] = {}
+        """Adapters of the job that waits for room, by digest and folder: it asks again and again."""
 
     @property
     def keys(self) -> list[str]:
@@ -122,19 +124,23 @@ class Residency:
         Room is made as for models, for all of them first. False says that they will fit once adapters in use and models
         in `busy` are done. Raises a subclass of AdapterInvalid, and OutOfMemory where they can never fit.
         """
-        missing = [
-            StoredAdapter.open(folder, digest)
-            for digest, folder in adapters.items()
-            if not resident.adapters.use(digest)
-        ]
+        lacking = {digest: folder for digest, folder in adapters.items() if not resident.adapters.use(digest)}
+        before = self._opened
+        self._opened = {
+            (digest, folder): before.get((digest, folder)) or StoredAdapter.open(folder, digest)
+            for digest, folder in lacking.items()
+        }
+        missing = list(self._opened.values())
         if not missing:
             return True
         needed = sum(stored.float32_bytes for stored in missing)
+        others = sum(one.memory_bytes for one in resident.adapters if one.digest not in adapters)
+        if resident.memory_bytes - others + needed > self.device.limit_bytes:
+            raise self._no_room_for_adapters(resident, adapters, needed)
         mine = {(resident.key, digest) for digest in adapters}
         if not self._make_room(needed, {*busy, resident.key}, {*in_use, *mine}):
-            if set(in_use) - mine or set(busy) - {resident.key}:
-                return False
-            raise self._no_room_for_adapters(resident, adapters, needed)
+            return False
+        self._opened = {}
         for stored in missing:
             try:
                 resident.adapters.attach(stored)
@@ -171,6 +177,10 @@ class Residency:
                 self.unload(idle, reason="evicted")
 
     def _make_room(self, needed: int, busy: Collection[str], in_use: Collection[Use]) -> bool:
+        """Evict until so many bytes more fit. Where that cannot be, nothing goes; but with 0, for what is held already,
+        all that can."""
+        if needed and self._least_bytes(busy, in_use) + needed > self.device.limit_bytes:
+            return False
         while (lacking := self.used_bytes + needed - self.device.limit_bytes) > 0:
             idle = [
                 (one.last_used, key, one.digest, one.memory_bytes)
@@ -186,6 +196,15 @@ class Residency:
             else:
                 return False
         return True
+
+    def _least_bytes(self, busy: Collection[str], in_use: Collection[Use]) -> int:
+        """What stays in any case: models that are busy, and of their adapters those in use."""
+        return sum(
+            resident.memory_bytes
+            - sum(one.memory_bytes for one in resident.adapters if (key, one.digest) not in in_use)
+            for key, resident in self._residents.items()
+            if key in busy
+        )
 
     def _detach(self, idle: list[tuple[float, str, str, int]], lacking: int) -> None:
         """Detach the first of these until so many bytes are free."""
@@ -204,12 +223,12 @@ class Residency:
     def _no_room_for_adapters(self, resident: Resident, adapters: Collection[str], missing: int) -> errors.OutOfMemory:
         limit = self.device.limit_bytes
         needed = missing + sum(one.memory_bytes for one in resident.adapters if one.digest in adapters)
+        # It names no model: the base fits, and jobs on it are not another worker's for that.
         return errors.OutOfMemory(
             f"the job's adapters need {needed / 2**20:.0f} MiB beside {resident.spec.name}, and models and adapters "
             f"may take {limit / 2**20:.0f} MiB here; ask for fewer at a time, use the base in 8bit or 4bit, or raise "
             "the worker's bound of memory",
-            model=resident.spec.name,
-            needed_bytes=needed,
+            adapter_bytes=needed,
             limit_bytes=limit,
         )
 

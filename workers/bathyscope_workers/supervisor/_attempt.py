@@ -22,6 +22,7 @@ from bathyscope_backplane.tracing import NOTHING, Span
 from bathyscope_backplane.vault import Credentials
 from bathyscope_workers.disk import out_of_space
 from bathyscope_workers.jobs import AdapterJob, Existing, Handover, JobKind, JobWork
+from bathyscope_workers.jobs._base import Undecided
 from bathyscope_workers.models.spec import ModelSpec
 from bathyscope_workers.supervisor._meter import trace_stages
 from bathyscope_workers.supervisor._tasks import end_tasks
@@ -110,7 +111,9 @@ class Attempt:
             raise
         except _Stopped:
             await self._settle("cancelled", lambda: broker.acknowledge_cancel(ref))
-            await self._discard()
+            await self.discard_if_ended()
+        except Undecided as error:
+            await self._postpone(Unavailable(str(error)))
         except ProblemError as error:
             reported = error.extra.pop("retry", None)  # of the engine's own problems
             if isinstance(error, OutOfSpace) or (reported is None and isinstance(error, Unavailable)):
@@ -120,7 +123,7 @@ class Attempt:
             problem = error.problem()
             _log.warning("job.failed", problem=problem["type"], retry=retry)
             await self._settle("retried" if retry else "failed", lambda: broker.fail(ref, problem, retry=retry))
-            await self._discard()
+            await self.discard_if_ended()
         except Exception as error:
             if (full := out_of_space(error)) is not None:
                 await self._postpone(full)
@@ -191,11 +194,16 @@ class Attempt:
             raise _Stopped
         if event["ev"] == "cancelled":  # nobody asked for it: the engine is ending
             await self._settle("drain", lambda: self.plane.broker.release(lease.ref, reason="drain"))
+            await self.discard_if_ended()
             raise LostLease(lease.job_id)
         if event["ev"] == "failed":
             if await self.is_for_another(lease.lane, event["problem"]):
                 _log.warning("job.left_to_another")
                 await self._settle("elsewhere", lambda: self.plane.broker.release(lease.ref, reason="elsewhere"))
+                await self.discard_if_ended()
+                raise LostLease(lease.job_id)
+            if isinstance(self.kind, AdapterJob) and (smaller := self.kind.smaller(work, event["problem"])) is not None:
+                await self._hand_over(smaller)
                 raise LostLease(lease.job_id)
             raise _reported(event)
         self._engine_timings = event.get("timings", {})
@@ -228,16 +236,25 @@ class Attempt:
         await self._require_lease()
         payload = orjson.dumps(handover.payload).decode()
         await self._settle("moved", lambda: self.plane.broker.move(self.lease.ref, lane=handover.lane, payload=payload))
+        # A cancel that came in this moment ended the job instead.
+        await self.discard_if_ended()
         if self.ended == "moved":
             _log.info("job.moved", to=handover.lane, **self.names)
             for key in handover.drop:
                 with contextlib.suppress(Unavailable):  # the sweep removes it later
                     await self.plane.store.delete(key)
 
-    async def _discard(self) -> None:
-        """Remove what was put by for an adapter that comes to nothing; one that is tried again needs it."""
-        if self.ended in ("failed", "cancelled") and isinstance(self.kind, AdapterJob) and self._job is not None:
-            with contextlib.suppress(Unavailable):  # the sweep removes it later
+    async def discard_if_ended(self) -> None:
+        """Remove what was put by for an adapter that comes to nothing; one that is tried again needs it.
+
+        Any way of giving a lease back ends a job whose owner has cancelled it, and to a renewal the lease of a job that
+        has just ended is lost: so the queue is asked what became of it.
+        """
+        if not isinstance(self.kind, AdapterJob) or self._job is None:
+            return
+        with contextlib.suppress(Unavailable):  # the sweep removes it later
+            record = await self.plane.broker.get(self.lease.job_id)
+            if record is not None and record.ended and record.status != "succeeded" and not record.dead_letter:
                 await self.kind.discard(self._job)
 
     def _credentials(self) -> Credentials:
@@ -301,6 +318,7 @@ class Attempt:
         problem = error.problem()
         _log.warning("job.postponed", problem=problem["type"], detail=error.detail)
         await self._settle("postponed", lambda: self.plane.broker.postpone(self.lease.ref, problem))
+        await self.discard_if_ended()
 
     async def _patiently(self, call: Callable[[], Awaitable[T]]) -> T:
         """Call again while Redis or the store is out of reach: the work is done and must not be lost."""

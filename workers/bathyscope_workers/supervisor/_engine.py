@@ -37,8 +37,8 @@ class EngineProcess:
         self._on_event = on_event
         self._on_exit = on_exit
         self._process: asyncio.subprocess.Process | None = None
-        self._writer: asyncio.StreamWriter | None = None
-        self._reading: asyncio.Task[None] | None = None
+        self._transport: asyncio.Transport | None = None
+        self._ending: asyncio.Task[None] | None = None
 
     @property
     def pid(self) -> int | None:
@@ -53,7 +53,7 @@ class EngineProcess:
     @property
     def open(self) -> bool:
         """Whether it hears what is sent: an engine that closed its pipe is about to be ended."""
-        return self._writer is not None and not self._writer.is_closing()
+        return self._transport is not None and not self._transport.is_closing()
 
     async def start(self) -> None:
         """Start the process. It answers with `ready` when it can take commands."""
@@ -71,13 +71,15 @@ class EngineProcess:
                 env={**os.environ, "TOKENIZERS_PARALLELISM": "true"},
             )
         ours.setblocking(False)
-        reader, self._writer = await asyncio.open_connection(sock=ours)
-        self._reading = asyncio.create_task(self._read(reader), name=f"engine-{self._process.pid}")
+        self._transport, pipe = await asyncio.get_running_loop().create_connection(
+            lambda: _Pipe(ours.dup(), self._on_event), sock=ours
+        )
+        self._ending = asyncio.create_task(self._until_exit(pipe), name=f"engine-{self._process.pid}")
 
     def send(self, command: Command) -> None:
         """Send a command; one to a dead engine is dropped, since `on_exit` settles its jobs."""
-        if self._writer is not None and self.open:
-            self._writer.write(encode(command))
+        if self._transport is not None and self.open:
+            self._transport.write(encode(command))
 
     def kill(self) -> None:
         """End the process at once; a stopped one too."""
@@ -96,27 +98,56 @@ class EngineProcess:
         except TimeoutError:
             self.kill()
             await self._process.wait()
-        if self._reading is not None:
-            await self._reading
+        if self._ending is not None:
+            await self._ending
 
-    async def _read(self, reader: asyncio.StreamReader) -> None:
+    async def _until_exit(self, pipe: _Pipe) -> None:
         process = self._process
         assert process is not None
-        decoder = FrameDecoder()
-        try:
-            while data := await reader.read(1 << 18):
-                for event in decoder.feed(data):
-                    self._on_event(event)
-        except FrameError as error:
-            _log.error("engine.pipe", error=str(error))
-        except OSError:  # reset: it died
-            pass
-        except Exception as error:  # a fault of ours must not leave the engine's jobs hanging: it is ended below
-            _log.error("engine.event", exc_info=error)
-        if self._writer is not None:
-            self._writer.close()
+        await pipe.lost.wait()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(1):  # the pipe is closed: it is ending by itself
                 await process.wait()
         self.kill()
         self._on_exit(await process.wait())
+
+
+class _Pipe(asyncio.Protocol):
+    """Hears all that the engine wrote, also what still lies in the socket when a write to a dead engine fails: the
+    transport is closed at once then, and with it would go results and the word of who ran last.
+    """
+
+    def __init__(self, sock: socket.socket, on_event: Callable[[dict[str, Any]], None]) -> None:
+        self._socket = sock
+        """A second descriptor of the transport's socket."""
+        self._on_event = on_event
+        self._decoder = FrameDecoder()
+        self._transport: asyncio.BaseTransport | None = None
+        self._broken = False
+        self.lost = asyncio.Event()
+        """Set when nothing more will be heard."""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = transport
+
+    def data_received(self, data: bytes) -> None:
+        try:
+            for event in self._decoder.feed(data):
+                self._on_event(event)
+        except FrameError as error:
+            _log.error("engine.pipe", error=str(error))
+            self._break()
+        except Exception as error:  # a fault of ours must not leave the engine's jobs hanging: it is ended
+            _log.error("engine.event", exc_info=error)
+            self._break()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        with self._socket, contextlib.suppress(OSError):  # empty, or reset: it died
+            while not self._broken and (data := self._socket.recv(1 << 18)):
+                self.data_received(data)
+        self.lost.set()
+
+    def _break(self) -> None:
+        self._broken = True
+        assert self._transport is not None
+        self._transport.close()

@@ -374,6 +374,7 @@ class Slot:
     async def _put_back(self, attempt: Attempt, reason: ReleaseReason) -> None:
         if not attempt.lost:
             await self._plane.broker.release(attempt.lease.ref, reason=reason)
+            await attempt.discard_if_ended()
 
     async def _put_back_surely(self, attempt: Attempt, reason: ReleaseReason) -> None:
         """The same while Redis is out of reach: a lease that lapsed would be held against the job."""

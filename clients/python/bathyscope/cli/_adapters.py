@@ -140,4 +140,6 @@ def _effect(adapter: types.Adapter) -> str | None:
     effect = adapter.effect
     if effect is None:
         return None
-    return "none: it changes nothing" if effect.is_noop else f"changes states by up to {effect.max:.2g}"
+    if effect.is_noop:
+        return "none: it changes nothing"
+    return "changes the output head alone" if not effect.max else f"changes states by up to {effect.max:.2g}"

@@ -53,14 +53,22 @@ class AdapterTensors(AnswerModel):
 class AdapterEffect(AnswerModel):
     """What an adapter does to its base model's hidden states on a few fixed texts."""
 
-    relative_change: list[float]
-    """Norm of the difference over norm of the base's states: one a layer, from the embeddings on."""
+    relative_change: list[float | None]
+    """Norm of the difference over norm of the base's states: one a layer, from the embeddings on; null where the base's
+    states are zeros or not finite."""
 
-    max: float
-    """The largest of these."""
+    max: float | None
+    """The largest of these; null where there is none."""
 
     is_noop: bool
-    """Whether it changes nothing at all, as a LoRA does before its first step."""
+    """Whether it changes nothing at all, as a LoRA does before its first step: neither the states of any layer nor what
+    the output head makes of the last, which these numbers do not show."""
+
+    quantization: str | None = None
+    """The base's when this was measured: `none`, `8bit` or `4bit`; on another one the numbers differ a little."""
+
+    compute_dtype: str | None = None
+    """What the base computed in then."""
 
 
 class Adapter(AnswerModel):

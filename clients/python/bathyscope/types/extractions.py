@@ -346,9 +346,9 @@ class Extraction(AnswerModel):
     variants: list[Variant] | None = None
     """Of a paired extraction: what each entry of the first axis was made with; null of any other."""
 
-    relative_change: list[list[float]] | None = None
+    relative_change: list[list[float | None]] | None = None
     """Of a paired extraction: for each variant, one number a layer (in the order of `layers`): the norm of its
-    difference from the first variant over the norm of that."""
+    difference from the first variant over the norm of that; null where no vector of the layer has such a number."""
 
     identity: Identity
     """What another extraction must share to be comparable."""

@@ -8,6 +8,7 @@ without its weights.
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Callable
 
 from bathyscope import errors
 from bathyscope_workers.adapters.conversion import deepseek, gpt_oss, mixture, qwen3_5
@@ -17,7 +18,7 @@ from bathyscope_workers.adapters.conversion.peft_layout import Options, lay_out
 from bathyscope_workers.adapters.conversion.pieces import Piece, Saved, read_pieces
 from bathyscope_workers.adapters.conversion.places import Family, Place
 from bathyscope_workers.adapters.skeleton import Skeleton
-from bathyscope_workers.adapters.source import SourceAdapter
+from bathyscope_workers.adapters.source import DTYPES, SourceAdapter
 
 __all__ = ["Converted", "Place", "Target", "Tensors", "convert"]
 
@@ -36,13 +37,13 @@ MAX_BYTES = 64 << 30
 """Of all converted tensors."""
 
 
-def convert(source: SourceAdapter, skeleton: Skeleton) -> Converted:
-    """Place every tensor of an adapter on a base model. Reads each tensor once.
+def convert(source: SourceAdapter, skeleton: Skeleton, *, beat: Callable[[], None] = lambda: None) -> Converted:
+    """Place every tensor of an adapter on a base model. Reads each tensor once. `beat` may raise to end it.
 
     Raises a subclass of AdapterInvalid.
     """
     family = FAMILIES.get(skeleton.model_type, mixture.place)
-    pieces, whole = read_pieces(source, skeleton, family)
+    pieces, whole = read_pieces(source, skeleton, family, beat)
     if not pieces:
         raise errors.AdapterUnsupported("the adapter holds no LoRA tensors; train at least one module with LoRA")
     _refuse_missing(source, skeleton, pieces)
@@ -68,7 +69,7 @@ def convert(source: SourceAdapter, skeleton: Skeleton) -> Converted:
         peft_config=config,
         tensors=tensors,
         targets=tuple(sorted(targets, key=lambda target: (target.name, target.kind))),
-        notes=(*source.notes, *_notes(skeleton, pieces, updates)),
+        notes=(*source.notes, *_notes(source, skeleton, pieces, updates)),
         read=read,
         applied=applied,
         digest=digest_of(config, tensors),
@@ -78,7 +79,7 @@ def convert(source: SourceAdapter, skeleton: Skeleton) -> Converted:
 def _refuse_missing(source: SourceAdapter, skeleton: Skeleton, pieces: list[Piece]) -> None:
     """Modules of the text part that the config lists as trained and that have no tensors."""
     config = source.config
-    if not isinstance(config.target_modules, list) or config.layers_to_transform is not None:
+    if not isinstance(config.target_modules, list) or config.layers_to_transform is not None or config.exclude_modules:
         return
     ends = tuple(f".{name}" for name in config.target_modules)
     present = {piece.place.target for piece in pieces}
@@ -98,7 +99,7 @@ def _refuse_missing(source: SourceAdapter, skeleton: Skeleton, pieces: list[Piec
         )
 
 
-def _notes(skeleton: Skeleton, pieces: list[Piece], updates: list[Update]) -> list[str]:
+def _notes(source: SourceAdapter, skeleton: Skeleton, pieces: list[Piece], updates: list[Update]) -> list[str]:
     notes = []
     if isinstance(skeleton.head, str) and any(piece.place.target == skeleton.head for piece in pieces):
         tied = "; it is tied to the input embeddings, which stay as they are" if skeleton.tied else ""
@@ -116,6 +117,8 @@ def _notes(skeleton: Skeleton, pieces: list[Piece], updates: list[Update]) -> li
         having = {path.partition(".layers.")[2].partition(".")[0] for path in skeleton.modules if path.endswith(leaf)}
         if ".layers." in group[0].target and having - layers:
             notes.append(f"{leaf} is adapted in {len(layers)} of {len(having)} layers that have it")
-    mixed = sorted({str(lazy.dtype).removeprefix("torch.") for update in updates for lazy in update.parts.values()})
-    notes.append(f"tensors are {' and '.join(mixed)}, as in the source")
+    made = {lazy.dtype for update in updates for lazy in update.parts.values()}
+    own = {DTYPES[fact.dtype] for fact in source.tensors.values()}
+    mixed = " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in made))
+    notes.append(f"tensors are {mixed}, {'as in the source' if made <= own else 'where scales differ in one matrix'}")
     return notes

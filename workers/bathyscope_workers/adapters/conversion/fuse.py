@@ -63,7 +63,6 @@ def fuse(source: SourceAdapter, skeleton: Skeleton, pieces: Sequence[Piece]) -> 
 
 def _update(source: SourceAdapter, skeleton: Skeleton, target: str, pieces: list[Piece]) -> Update:
     pieces = sorted(pieces, key=_order)
-    _refuse_overlap(target, pieces)
     names = [name for piece in pieces for name in (piece.a, piece.b, piece.magnitude) if name]
     dtype = reduce(torch.promote_types, (DTYPES[source.tensors[name].dtype] for name in names))
     fact = skeleton.modules.get(target)
@@ -81,6 +80,8 @@ def _update(source: SourceAdapter, skeleton: Skeleton, target: str, pieces: list
     if rank > MAX_RANK * len(rows_of):
         raise errors.AdapterTensorsInvalid(f"{target} would have rank {rank}; train with a lower rank", names=names)
     scale = max(piece.scale for piece in pieces)
+    if any(piece.scale != scale for piece in pieces):
+        dtype = torch.promote_types(dtype, torch.float32)  # B is multiplied, and is not to be rounded again
     alpha = _alpha(source, scale, rank)
     experts, out, inner = target_shape(skeleton, target)
 
@@ -130,22 +131,6 @@ def _alpha(source: SourceAdapter, scale: float, rank: int) -> float:
 def _order(piece: Piece) -> tuple[int, int, str]:
     rows = piece.place.rows
     return (rows.start if rows else 0, -1 if piece.place.expert is None else piece.place.expert, piece.module)
-
-
-def _refuse_overlap(target: str, pieces: list[Piece]) -> None:
-    """Families give slices that are equal or disjoint, or none for all rows; likewise experts."""
-    by_rows: dict[int | None, dict[int | None, Piece]] = defaultdict(dict)
-    for piece in pieces:
-        group = by_rows[piece.place.rows.start if piece.place.rows else None]
-        other = group.setdefault(piece.place.expert, piece)
-        if other is piece and None in group and len(group) > 1:
-            other = next(known for known in group.values() if known is not piece)
-        if other is piece and None in by_rows and len(by_rows) > 1:
-            other = next(known for rows in by_rows.values() for known in rows.values() if known is not piece)
-        if other is not piece:
-            raise errors.AdapterTensorsInvalid(
-                f"{other.a} and {piece.a} are both for {target}; keep one of them", names=sorted([other.a, piece.a])
-            )
 
 
 def _by_rows(pieces: list[Piece]) -> list[list[Piece]]:

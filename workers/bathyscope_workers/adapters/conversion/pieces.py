@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -54,8 +54,13 @@ class Saved:
 Group = dict[Role, str]
 
 
-def read_pieces(source: SourceAdapter, skeleton: Skeleton, family: Family) -> tuple[list[Piece], list[Saved]]:
-    """Every tensor of the adapter, placed. Raises subclasses of AdapterInvalid with the names at fault."""
+def read_pieces(
+    source: SourceAdapter, skeleton: Skeleton, family: Family, beat: Callable[[], None] = lambda: None
+) -> tuple[list[Piece], list[Saved]]:
+    """Every tensor of the adapter, placed. `beat` is called for each module, and may raise to end it.
+
+    Raises subclasses of AdapterInvalid with the names at fault.
+    """
     names = {name: parse(name) for name in source.tensors}
     _refuse_roles(source, names)
     groups = _groups(names)
@@ -65,6 +70,7 @@ def read_pieces(source: SourceAdapter, skeleton: Skeleton, family: Family) -> tu
     placed: dict[tuple[str, int], tuple[Place, Form]] = {}
     lost: list[str] = []
     for (module, depth), group in groups.items():
+        beat()
         found = _place(source, skeleton, family, module, depth, depths[module], group)
         if found is None:
             lost += group.values()
@@ -73,8 +79,12 @@ def read_pieces(source: SourceAdapter, skeleton: Skeleton, family: Family) -> tu
     saved, unsaved = _saved(source, skeleton, names)
     _refuse_lost(skeleton, sorted(lost + unsaved), names)
     _refuse_unpaired(source, groups)
+    _refuse_overlap(groups, placed)
     patterns = source.config.ranks, source.config.alphas
-    pieces = [_piece(source, skeleton, key[0], groups[key], placed[key], patterns) for key in sorted(groups)]
+    pieces = []
+    for key in sorted(groups):
+        beat()
+        pieces.append(_piece(source, skeleton, key[0], groups[key], placed[key], patterns))
     return pieces, saved
 
 
@@ -248,6 +258,32 @@ def _refuse_unpaired(source: SourceAdapter, groups: dict[tuple[str, int], Group]
         )
 
 
+def _refuse_overlap(groups: dict[tuple[str, int], Group], placed: dict[tuple[str, int], tuple[Place, Form]]) -> None:
+    """Families give slices that are equal or disjoint, or none for all rows; likewise experts.
+
+    From here on the base bounds the number of pieces.
+    """
+    by_target: dict[str, dict[int | None, dict[int | None, str]]] = defaultdict(lambda: defaultdict(dict))
+    for key in sorted(groups):
+        place = placed[key][0]
+        mine = _a_of(groups[key])
+        by_rows = by_target[place.target]
+        group = by_rows[place.rows.start if place.rows else None]
+        other = group.setdefault(place.expert, mine)
+        if other is mine and None in group and len(group) > 1:
+            other = next(known for known in group.values() if known is not mine)
+        if other is mine and None in by_rows and len(by_rows) > 1:
+            other = next(known for rows in by_rows.values() for known in rows.values() if known is not mine)
+        if other is not mine:
+            raise errors.AdapterTensorsInvalid(
+                f"{other} and {mine} are both for {place.target}; keep one of them", names=sorted([other, mine])
+            )
+
+
+def _a_of(group: Group) -> str:
+    return group.get(Role.A) or group[Role.EMBEDDING_A]
+
+
 def _piece(
     source: SourceAdapter,
     skeleton: Skeleton,
@@ -258,7 +294,7 @@ def _piece(
 ) -> Piece:
     place, form = placed
     ranks, alphas = patterns
-    a = group.get(Role.A) or group[Role.EMBEDDING_A]
+    a = _a_of(group)
     b = group.get(Role.B) or group[Role.EMBEDDING_B]
     rank = _check_shapes(source, skeleton, a, b, place, form)
     # PEFT's own keys are of the model it was trained on; a parameter's path ends in the parameter.

@@ -18,7 +18,7 @@ from urllib.parse import SplitResult, urlsplit
 
 import httpcore2
 
-from bathyscope_backplane.addresses import Address, is_public
+from bathyscope_backplane.addresses import Address, is_machines_own, is_public
 from bathyscope_workers.adapters.sources._task import CallTimeout, Task
 
 _CONNECT_SECONDS = 10.0
@@ -39,7 +39,11 @@ class Rules:
     plain: bool
     """`http://`, too."""
     private: bool
-    """Addresses that are not of the public internet, too."""
+    """Addresses that are not of the public internet, too, but for a cloud machine's own service."""
+
+    def allow(self, address: Address) -> bool:
+        """Whether a connection to it may be made."""
+        return is_public(address) or (self.private and not is_machines_own(address))
 
 
 def look_up(host: str) -> list[Address]:
@@ -133,9 +137,9 @@ class _Backend(httpcore2.NetworkBackend):
         socket_options: Iterable[Any] | None = None,
     ) -> httpcore2.NetworkStream:
         """The first of the addresses that takes the connection."""
-        addresses = [address for address in _resolve(host, self._task) if self._rules.private or is_public(address)]
+        addresses = [address for address in _resolve(host, self._task) if self._rules.allow(address)]
         if not addresses:
-            raise UrlRefused("it leads to an address that is not of the public internet")
+            raise UrlRefused("it leads to an address that is not connected to, such as one of a private network")
         fault: Exception = httpcore2.ConnectError("no address")
         for address in addresses[:_TRIED]:
             self._task.beat()

@@ -10,13 +10,9 @@
 from __future__ import annotations
 
 import contextlib
-import datetime
-import email.utils
-import json
-import re
 import secrets
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -25,10 +21,11 @@ import structlog
 from bathyscope import errors
 from bathyscope_backplane.adapter_sources import TinkerSource, base_model_name
 from bathyscope_workers.adapters.sources import _files
-from bathyscope_workers.adapters.sources._download import Denied, Link, download, headers_of, retry_after
+from bathyscope_workers.adapters.sources._download import Denied, Link, download
 from bathyscope_workers.adapters.sources._task import ARCHIVE, SEALED, Fetched, Task
-from bathyscope_workers.adapters.sources._tinker_sdk import TinkerSdk, base_retired, problem_of
-from bathyscope_workers.adapters.sources._wire import UrlRefused, Wire
+from bathyscope_workers.adapters.sources._tinker_archive import archive_link
+from bathyscope_workers.adapters.sources._tinker_sdk import TinkerSdk, base_retired
+from bathyscope_workers.adapters.sources._wire import Wire
 from bathyscope_workers.adapters.unpacking import WANTED, WEIGHTS
 
 _RENEW_SECONDS = 300.0
@@ -37,8 +34,8 @@ _TTL_SECONDS = 3600
 """Of the temporary checkpoint, should it not be deleted; Tinker takes no less."""
 _CLEAN_UP_SECONDS = 20.0
 _NAMED = 20
-_MAX_ANSWER = 1 << 20
-_ARCHIVE_PAUSE = 15.0
+_MAX_SAID = 32
+"""Entries of a run's own metadata that are kept, each of a few hundred letters."""
 
 _log = structlog.get_logger(__name__)
 
@@ -132,7 +129,7 @@ class _Fetching:
                 return
         self._ask_info(self.source)
         with Wire(self.task.reach.tinker_url, self.task) as wire:
-            link = self._archive_link(wire)
+            link = archive_link(wire, self.task, self.key, self.source)
             if link is None:
                 raise self._not_downloadable(exists, training.checkpoint)
             path = self.task.scratch / ARCHIVE
@@ -184,7 +181,18 @@ class _Fetching:
         self.result.facts = {
             **(self.result.facts or {}),
             **{name: info[name] for name in kept if isinstance(info.get(name), str | int | bool)},
+            **self._history(),
         }
+
+    def _history(self) -> dict[str, Any]:
+        """When the checkpoint was made, and what its account noted of it or of its run, as far as that is told."""
+        found = next((found for found in self._listed() if _is(found, self.source)), {})
+        said = found.get("user_metadata")
+        if not said:
+            with contextlib.suppress(errors.AdapterSourceMissing, errors.TinkerForbidden):
+                said = self._call("run", run=self.source.run).get("user_metadata")
+        told = {"time": found.get("time"), "user_metadata": _short(said or {})}
+        return {name: value for name, value in told.items() if value}
 
     def _refuse_retired(self) -> None:
         """Before a session is started: only what Tinker supports now can be trained."""
@@ -247,63 +255,6 @@ class _Fetching:
             except errors.ProblemError as problem:
                 _log.warning("tinker.checkpoint_left", slug=problem.slug, expires_in=_TTL_SECONDS)
                 self.result.notes.append(f"tinker: {path} could not be deleted; it expires within an hour")
-
-    # --- the archive route -----------------------------------------------------------------------------------------
-
-    def _archive_link(self, wire: Wire) -> Callable[[bool], Link] | None:
-        """Where the archive is; null when the server gives none. Waits, bounded, while it is made."""
-        place = f"training_runs/{self.source.run}/checkpoints/{self.source.checkpoint}/archive"
-        url = f"{self.task.reach.tinker_url}/api/v1/{place}"
-
-        def ask() -> tuple[str, float] | None:
-            until = time.monotonic() + self.task.reach.export_seconds
-            while True:
-                with wire.get(url, {"X-API-Key": self.key, "Accept": "application/json"}) as response:
-                    facts, status = headers_of(response), int(response.status)
-                    if status == 302:
-                        return facts.get("location", ""), _http_date(facts.get("expires"))
-                    if status == 200:
-                        return _from_json(_bounded(response.iter_stream()))
-                    if status in (400, 404, 405, 410, 501):
-                        return None
-                if status not in (429, 500, 502, 503, 504):
-                    raise problem_of(status)
-                pause = min(retry_after(facts) or _ARCHIVE_PAUSE, 120.0)
-                if time.monotonic() + pause > until:
-                    raise errors.TinkerOutOfReach(
-                        f"Tinker had not made the archive after {self.task.reach.export_seconds:g} seconds; try again "
-                        "later.",
-                        retry_after=300,
-                    )
-                self.task.sleep(pause)
-
-        try:
-            first = ask()
-            if first is None:
-                return None
-            held = [first]
-
-            def link(fresh: bool) -> Link:
-                if fresh or held[0][1] - time.time() < 30:
-                    again = ask()
-                    if again is None:
-                        raise errors.TinkerOutOfReach("Tinker gave the archive's URL only once; try again later.")
-                    held[0] = again
-                return Link(held[0][0])
-
-            return link
-        except UrlRefused as refused:
-            raise errors.AdapterSourceForbidden(f"Tinker names a URL that is not fetched: {refused}.") from None
-        except errors.ProblemError:
-            raise
-        except Exception as error:
-            import httpcore2
-
-            if not isinstance(error, httpcore2.NetworkError | httpcore2.ProtocolError | httpcore2.TimeoutException):
-                raise
-            raise errors.TinkerOutOfReach(
-                f"Tinker at {self.task.reach.tinker_url} could not be reached; try again later.", retry_after=30
-            ) from None
 
 
 class _Signed:
@@ -370,29 +321,6 @@ def _is(found: dict[str, Any], source: TinkerSource) -> bool:
     return found.get("checkpoint_id") == source.checkpoint
 
 
-def _http_date(text: str | None) -> float:
-    """Unix time of an `Expires` field; 15 minutes from now, as Tinker signs, without one that can be read."""
-    with contextlib.suppress(ValueError, TypeError):
-        return email.utils.parsedate_to_datetime(text or "").timestamp()
-    return time.time() + 900
-
-
-def _from_json(body: bytes) -> tuple[str, float]:
-    try:
-        answer = json.loads(body)
-        url, expires = str(answer["url"]), str(answer.get("expires") or "")
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise errors.TinkerOutOfReach("Tinker's archive route did not answer with a URL; try again later.") from None
-    if re.match(r"\d{4}-", expires):
-        with contextlib.suppress(ValueError):
-            return url, datetime.datetime.fromisoformat(expires).timestamp()
-    return url, _http_date(expires)
-
-
-def _bounded(pieces: Iterable[bytes]) -> bytes:
-    found = bytearray()
-    for piece in pieces:
-        found += piece
-        if len(found) > _MAX_ANSWER:
-            raise errors.TinkerOutOfReach("Tinker's archive route answered with more than a URL; try again later.")
-    return bytes(found)
+def _short(said: dict[str, Any]) -> dict[str, str]:
+    """The first entries, cut short: they are kept with the adapter."""
+    return {str(name)[:64]: str(value)[:512] for name, value in list(said.items())[:_MAX_SAID]}
