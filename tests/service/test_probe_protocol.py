@@ -216,6 +216,36 @@ def test_what_cannot_be_served_is_refused_at_once(
     assert all(one.startswith(f"/{pointer.split('/')[1]}") for one in found)
 
 
+@pytest.mark.parametrize("source", ["extraction", "job", "data"])
+@pytest.mark.parametrize(
+    ("body", "pointer", "words"),
+    [
+        ({"labels": [1] * len(INPUTS)}, "/labels", "two classes"),
+        ({"labels": [0.5] * len(INPUTS)}, "/labels", "differ"),
+        ({"labels": [0, 1.5] * (len(INPUTS) // 2), "task": "binary"}, "/labels", "binary"),
+        ({"groups": ["one"] * len(INPUTS)}, "/groups", "1 groups for 5 folds"),
+        ({"groups": [number % 2 for number in range(len(INPUTS))]}, "/groups", "at most 2 folds"),
+        ({"groups": [int(label) for label in LABELS], "folds": 2}, "/groups", "would have none of it"),
+        ({"split": ["train"] * len(INPUTS)}, "/split", "none to test on"),
+        ({"split": [number % 60 for number in range(len(INPUTS))]}, "/split", "at most 50"),
+        ({"groups": [*range(40)] * 2, "split": ["train"] * 40 + ["test"] * 40}, "/split/0", "other side"),
+    ],
+)
+def test_rows_that_teach_nothing_are_refused_at_once(
+    live: Stack, states: dict[str, Any], source: str, body: dict[str, Any], pointer: str, words: str
+) -> None:
+    """And leave no extraction that was made for them."""
+    where: dict[str, Any] = {"extraction": states["id"] if source == "extraction" else states["job"]}
+    if source == "data":
+        where = {"data": {"model": "tiny", "inputs": INPUTS, "pooling": "mean"}}
+    before = live.client.get("/v1/jobs?limit=1").json()["data"][0]["id"]
+    answer = live.post("/v1/probes", {**where, "labels": LABELS, **body})
+    [error] = problem(answer, 422, "invalid-request")["errors"]
+    assert error["pointer"] == pointer
+    assert words in error["detail"]
+    assert live.client.get("/v1/jobs?limit=1").json()["data"][0]["id"] == before
+
+
 def test_a_body_with_nan_is_refused(live: Stack, states: dict[str, Any]) -> None:
     text = f'{{"extraction": "{states["id"]}", "labels": [NaN, 1]}}'
     answer = live.client.post("/v1/probes", content=text, headers={"Content-Type": "application/json"})
@@ -299,13 +329,6 @@ def test_states_of_every_token_need_an_estimator_that_reads_them(live: Stack) ->
 @pytest.mark.parametrize(
     ("body", "pointer", "words"),
     [
-        ({"labels": [1] * len(INPUTS)}, "/labels", "two classes"),
-        ({"labels": [0.5] * len(INPUTS)}, "/labels", "differ"),
-        ({"labels": [0, 1.5] * (len(INPUTS) // 2), "task": "binary"}, "/labels", "binary"),
-        ({"groups": [number % 2 for number in range(len(INPUTS))]}, "/groups", "at most 2 folds"),
-        ({"groups": [int(label) for label in LABELS], "folds": 2}, "/groups", "would have none of it"),
-        ({"split": ["train"] * len(INPUTS)}, "/split", "none to test on"),
-        ({"split": [number % 60 for number in range(len(INPUTS))]}, "/split", "at most 50"),
         ({"labels": [number % 2 for number in range(len(INPUTS))], "task": "regression"}, "/estimator", "ridge"),
         ({"estimator": "lda", "C": [1.0]}, "/C", "leave it out"),
         ({"covariance": "shrunk"}, "/covariance", "mass_mean"),

@@ -68,7 +68,7 @@ class FittedProbe:
     """Of the states it was made for: base model, revision, quantization, adapter, pooling and so on."""
 
     thresholds: Mapping[str, float] = field(default_factory=dict)
-    """Of the positive class's probability, by name: `default`, `target_fpr`."""
+    """Of the positive class's probability, by name: `default`, `target_fpr`, `youden`, `f1`."""
 
     report_sha256: str = ""
     """Digest of the report that was made with it."""

@@ -8,6 +8,7 @@ from typing import Any
 
 from fastapi import Request
 
+from bathyscope._fold_checks import check_rows
 from bathyscope.errors import (
     FieldError,
     InvalidRequest,
@@ -50,6 +51,7 @@ async def probe_work(context: Context, request: Request, caller: ApiKey, body: P
         _check_pooling(body, body.data.pooling, "/data/pooling")
         rows = len(data.rows or [])
         _check_lengths(body, rows)
+        await context.apart(request.state.body_bytes, _check_rows, body)
         variant = _asked(body.data.adapter, body.variant)
         _check_layers(body, *await _layers_of(context, body.data.model, body.data.layers))
         data.priority = body.priority
@@ -82,8 +84,10 @@ async def probe_work(context: Context, request: Request, caller: ApiKey, body: P
             mine = scored if variant is None else scored[variant]
             refuse_one_answer(mine["correct"], mine["answered"])
         _check_layers(body, resource.body["layers"], resource.body["num_layers"])
-    if rows is not None:
-        _check_lengths(body, rows)
+    if body.data is None:
+        if rows is not None:
+            _check_lengths(body, rows)
+        await context.apart(request.state.body_bytes, _check_rows, body)
     spec = body.model_dump(exclude={"labels", "groups", "split", "data", "priority", "webhook"})
     labels: Sequence[Any] = body.labels if isinstance(body.labels, list) else [None] * (rows or 0)
     groups: Sequence[Any] = body.groups or [None] * len(labels)
@@ -223,6 +227,12 @@ def _check_lengths(body: ProbeRequest, rows: int) -> None:
     ]
     if found:
         raise InvalidRequest("Labels, groups and split go with the inputs, one for each.", errors=found)
+
+
+def _check_rows(body: ProbeRequest) -> None:
+    """Refuse labels, groups and a split of which no probe can be learned, whatever the states are."""
+    if isinstance(body.labels, list):
+        check_rows(body.labels, task=body.task, groups=body.groups, split=body.split, folds=body.folds)
 
 
 def _check_layers(body: ProbeRequest, held: list[int] | None, depth: int | None) -> None:

@@ -51,7 +51,7 @@ edited = st.tuples(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(st.lists(edited, min_size=1, max_size=10), st.sampled_from([0.3, 0.5, 0.8, 1.0]))
 def test_pairs_are_those_of_the_definition(drawn: Any, threshold: float) -> None:
     rows = []

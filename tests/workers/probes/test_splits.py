@@ -5,10 +5,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bathyscope._targets import encode_labels
 from bathyscope.errors import InvalidRequest
 from bathyscope_workers.probes.near_duplicates import NearDuplicates
 from bathyscope_workers.probes.splits import inner_folds, input_keys, make_folds
-from bathyscope_workers.probes.targets import encode_labels
 
 
 def targets_of(labels: Any) -> Any:

@@ -88,18 +88,19 @@ def test_labels_of_held_out_rows_do_not_reach_their_own_choice() -> None:
 
 def test_choosing_among_noise_does_not_flatter() -> None:
     flattered, honest, covered = [], [], 0
-    for seed in range(30):
+    for seed in range(20):
         rng = np.random.default_rng(seed)
         states = rng.normal(size=(120, 8, 24)).astype(np.float32)
         y = rng.permutation(np.arange(120) % 2)
-        report = sweep(states, range(8), y.tolist(), config=SweepConfig(bootstrap=200, seed=seed)).report
+        config = SweepConfig(bootstrap=100, selectivity=False, seed=seed)
+        report = sweep(states, range(8), y.tolist(), config=config).report
         flattered.append(max(layer["auroc"]["value"] for layer in report.layers))
         figure = report.held_out["auroc"]
         honest.append(figure["value"])
         covered += figure["low"] <= 0.5 <= figure["high"]
     assert np.mean(flattered) > 0.57
     assert abs(np.mean(honest) - 0.5) < 0.03
-    assert covered >= 27
+    assert covered >= 18
 
 
 def test_a_planted_direction_is_found_and_chosen() -> None:

@@ -4,8 +4,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from bathyscope._targets import MAX_CLASSES, encode_groups, encode_labels
 from bathyscope.errors import InvalidRequest
-from bathyscope_workers.probes.targets import MAX_CLASSES, encode_groups, encode_labels
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from bathyscope._targets import Targets
 from bathyscope.errors import FieldError, InvalidInput, JobCancelled
 from bathyscope_workers.probes import metrics, regression
 from bathyscope_workers.probes.calibration import fit_calibrator
@@ -25,7 +26,6 @@ from bathyscope_workers.probes.metrics import Figure, cross_validation_spread, f
 from bathyscope_workers.probes.report import Scores
 from bathyscope_workers.probes.resampling import Resamples
 from bathyscope_workers.probes.splits import Folds
-from bathyscope_workers.probes.targets import Targets
 
 Rows = NDArray[np.int64]
 
@@ -138,6 +138,11 @@ class Plan:
     def spread(self) -> float:
         """By how much intervals are widened; see `metrics.cross_validation_spread`."""
         return cross_validation_spread(self.folds.count)
+
+    def with_labels(self, y: NDArray[Any]) -> Plan:
+        """The same with other codes, or values, of the rows."""
+        targets = replace(self.targets, codes=y) if self.classes else replace(self.targets, values=y)
+        return replace(self, targets=targets)
 
     def states(self, states: NDArray[Any], index: int) -> Any:
         """One layer as the estimator reads it: (rows, hidden) in float64, or `TokenStates`."""
@@ -306,10 +311,8 @@ def cross_validate(estimator: Estimator, X: Any, y: NDArray[Any], plan: Plan) ->
 def out_of_fold(estimator: Estimator, X: Any, y: NDArray[Any], plan: Plan) -> Floats:
     """Decision values of the held-out rows, by an estimator with one penalty."""
     scores = plan.blank(len(y))
-    part = replace(plan, targets=replace(plan.targets, codes=y) if plan.classes else replace(plan.targets, values=y))
-    for fits, (_, test) in zip(
-        fit_sets(estimator, X, part, [train for train, _ in plan.folds]), plan.folds, strict=True
-    ):
+    trainings = [train for train, _ in plan.folds]
+    for fits, (_, test) in zip(fit_sets(estimator, X, plan.with_labels(y), trainings), plan.folds, strict=True):
         scores[test] = fits[0].decision_function(X[test])
     return scores[plan.folds.held_out]
 

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bathyscope_workers.probes import regression
-from bathyscope_workers.probes.crossval import Plan
+from bathyscope_workers.probes.crossval import Plan, fit_sets
 from bathyscope_workers.probes.estimators import Estimator
 from bathyscope_workers.probes.estimators._base import Floats
 from bathyscope_workers.probes.metrics import Statistic, figure
@@ -48,11 +48,11 @@ def selectivity(
             return None
         labels, assignment = drawn
         predicted = np.empty((len(y), plan.classes) if plan.classes else len(y))
-        for fold in range(assignment.max() + 1):
+        trainings = [np.flatnonzero(assignment != fold) for fold in range(assignment.max() + 1)]
+        fits = fit_sets(estimator, X, plan.with_labels(labels), trainings)
+        for fold, train in enumerate(trainings):
             tick()
-            train = np.flatnonzero(assignment != fold)
-            fit = estimator.fit_path(X[train], labels[train], plan.classes)[0]
-            everyone = plan.read(fit.decision_function(X))
+            everyone = plan.read(next(fits)[0].decision_function(X))
             predicted[assignment == fold] = everyone[assignment == fold]
             training.append(_value(_statistic(plan, labels[train], everyone[train]), len(train)))
         controls.append(_statistic(plan, labels[held], predicted[held]))

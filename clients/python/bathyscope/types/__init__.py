@@ -43,7 +43,7 @@ from bathyscope.types.extractions import (
 )
 from bathyscope.types.jobs import ENDED, Job, JobEvent, JobKind, JobStatus, Webhook, WebhookState
 from bathyscope.types.models import LayerError, LoadRequest, Model, Residency, SelfTest
-from bathyscope.types.predictions import Prediction, PredictRequest, Reading, TokenScore
+from bathyscope.types.predictions import Prediction, PredictRequest, Reading, ThresholdName, TokenScore
 from bathyscope.types.probes import (
     BrierDecomposition,
     Calibration,
@@ -120,6 +120,7 @@ __all__ = [
     "Scores",
     "Selectivity",
     "SelfTest",
+    "ThresholdName",
     "TinkerModel",
     "TinkerModels",
     "TokenIdsInput",
