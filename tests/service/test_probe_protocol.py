@@ -195,6 +195,7 @@ def test_a_language_model_knows_capitals(live: Stack) -> None:
         ({"split": ["train"]}, "/split"),
         ({"near_duplicates": 0}, "/near_duplicates"),
         ({"near_duplicates": 1.1}, "/near_duplicates"),
+        ({"C": [1.0, 1e-13], "estimator": "mlp"}, "/C/1"),
         ({"calibration": "beta"}, "/calibration"),
         ({"baselines": ["horoscope"]}, "/baselines/0"),
         ({"baselines": ["model_confidence"]}, "/baselines/0"),
@@ -222,6 +223,8 @@ def test_what_cannot_be_served_is_refused_at_once(
     [
         ({"labels": [1] * len(INPUTS)}, "/labels", "two classes"),
         ({"labels": [0.5] * len(INPUTS)}, "/labels", "differ"),
+        ({"labels": [*[0.0, 7.0] * 39, -1e20, 7.0]}, "/labels/78", "64 bits"),
+        ({"labels": [5e-324 * k for k in range(len(INPUTS))], "estimator": "ridge"}, "/labels", "rescale"),
         ({"labels": [0, 1.5] * (len(INPUTS) // 2), "task": "binary"}, "/labels", "binary"),
         ({"groups": ["one"] * len(INPUTS)}, "/groups", "1 groups for 5 folds"),
         ({"groups": [number % 2 for number in range(len(INPUTS))]}, "/groups", "at most 2 folds"),

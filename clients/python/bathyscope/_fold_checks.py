@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bathyscope._targets import Targets, encode_groups, encode_labels, refused
+from bathyscope._targets import Targets, encode_groups, encode_labels, refused, spread_out
 
 MAX_FOLDS = 50
 """Folds of a split of the caller's own."""
@@ -110,4 +110,4 @@ def torn(clusters: NDArray[np.int64], assignment: NDArray[np.int64]) -> NDArray[
 
 def fixes_a_line(values: NDArray[np.float64]) -> bool:
     """Whether a regression can be learned from these values."""
-    return len(values) >= MIN_TRAINING_ROWS and values.min() < values.max()
+    return len(values) >= MIN_TRAINING_ROWS and spread_out(values)

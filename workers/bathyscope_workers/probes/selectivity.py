@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from bathyscope._targets import spread_out
 from bathyscope_workers.probes import regression
 from bathyscope_workers.probes.crossval import Plan, fit_sets
 from bathyscope_workers.probes.estimators import Estimator
@@ -100,8 +101,8 @@ def _draw(plan: Plan, rng: np.random.Generator) -> tuple[NDArray[Any], NDArray[n
         # Classes one after the other, each in a random order: dealt in turn they fall evenly.
         order = np.lexsort((rng.random(len(y)), labels))
         assignment[order] = np.arange(len(y)) % folds
-        sides = [np.unique(labels[assignment != fold]) for fold in range(folds)]
-        if min(len(side) for side in sides) >= max(plan.classes, 2):
+        sides = [labels[assignment != fold] for fold in range(folds)]
+        if all(len(np.unique(side)) >= plan.classes if plan.classes else spread_out(side) for side in sides):
             return labels, assignment
     return None
 
