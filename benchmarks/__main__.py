@@ -15,13 +15,14 @@ from benchmarks import machine, report
 from benchmarks.bench import Bench
 from benchmarks.measure import ForeignLoad
 from benchmarks.report import Row
-from benchmarks.rows import adapters, memory, mixed, one_text, probes
+from benchmarks.rows import adapters, asking, memory, mixed, one_text, probes
 from benchmarks.stack import running
 
 ROWS: dict[str, Callable[[Bench], Row]] = {
     "mixed-float32": mixed.float32,
     "mixed-bfloat16": mixed.bfloat16,
     "one-text": one_text.run,
+    "ask": asking.run,
     "memory": memory.run,
     "adapters": adapters.traffic,
     "attach": adapters.attach,

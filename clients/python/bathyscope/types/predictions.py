@@ -7,7 +7,8 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from bathyscope.types._base import AnswerModel, Time, WorkRequest
-from bathyscope.types.extractions import Identity, Input
+from bathyscope.types.extractions import Identity
+from bathyscope.types.inputs import Input
 from bathyscope.types.probes import Label
 
 ThresholdName = Literal["default", "target_fpr", "youden", "f1"]
