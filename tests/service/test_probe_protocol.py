@@ -249,11 +249,23 @@ def test_rows_that_teach_nothing_are_refused_at_once(
     assert live.client.get("/v1/jobs?limit=1").json()["data"][0]["id"] == before
 
 
-def test_a_body_with_nan_is_refused(live: Stack, states: dict[str, Any]) -> None:
-    text = f'{{"extraction": "{states["id"]}", "labels": [NaN, 1]}}'
+@pytest.mark.parametrize(
+    ("labels", "pointers", "words"),
+    [
+        ("[NaN, 1]", ["/labels/0"], "JSON has no NaN"),
+        ("[1, 0, null, null]", ["/labels/2", "/labels/3"], "it is null"),
+        ("[1, 1e999]", ["/labels/1"], "finite"),
+    ],
+)
+def test_a_label_that_is_missing_is_named_with_what_to_do(
+    live: Stack, states: dict[str, Any], labels: str, pointers: list[str], words: str
+) -> None:
+    text = f'{{"extraction": "{states["id"]}", "labels": {labels}}}'
     answer = live.client.post("/v1/probes", content=text, headers={"Content-Type": "application/json"})
-    assert answer.status_code in (400, 422)
-    assert answer.headers["content-type"] == "application/problem+json"
+    errors = problem(answer, 422, "invalid-request")["errors"]
+    assert [error["pointer"] for error in errors] == pointers
+    assert all(words in error["detail"] for error in errors)
+    assert words == "finite" or all("leave" in error["detail"] for error in errors)
 
 
 @pytest.mark.parametrize(
