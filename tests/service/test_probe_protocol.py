@@ -221,15 +221,15 @@ def test_what_cannot_be_served_is_refused_at_once(
 @pytest.mark.parametrize(
     ("body", "pointer", "words"),
     [
-        ({"labels": [1] * len(INPUTS)}, "/labels", "two classes"),
+        ({"labels": [1] * len(INPUTS)}, "/labels", "every label is 1: give rows of another class"),
         ({"labels": [0.5] * len(INPUTS)}, "/labels", "differ"),
         ({"labels": [*[0.0, 7.0] * 39, -1e20, 7.0]}, "/labels/78", "64 bits"),
         ({"labels": [5e-324 * k for k in range(len(INPUTS))], "estimator": "ridge"}, "/labels", "rescale"),
         ({"labels": [0, 1.5] * (len(INPUTS) // 2), "task": "binary"}, "/labels", "binary"),
-        ({"groups": ["one"] * len(INPUTS)}, "/groups", "1 groups for 5 folds"),
+        ({"groups": ["one"] * len(INPUTS)}, "/groups", "1 groups for 5 folds, and 2 at least are needed; name more"),
         ({"groups": [number % 2 for number in range(len(INPUTS))]}, "/groups", "at most 2 folds"),
         ({"groups": [int(label) for label in LABELS], "folds": 2}, "/groups", "would have none of it"),
-        ({"split": ["train"] * len(INPUTS)}, "/split", "none to test on"),
+        ({"split": ["train"] * len(INPUTS)}, "/split", "name both"),
         ({"split": [number % 60 for number in range(len(INPUTS))]}, "/split", "at most 50"),
         ({"groups": [*range(40)] * 2, "split": ["train"] * 40 + ["test"] * 40}, "/split/0", "other side"),
     ],

@@ -51,7 +51,9 @@ def check_folds(targets: Targets, clusters: NDArray[np.int64], folds: int, point
     what = "groups" if pointer == "/groups" else "different inputs"
     tied = "" if total == len(clusters) else "; repeated and nearly equal inputs count once (see near_duplicates)"
     if total < folds:
-        raise refused(pointer, f"there are {total} {what} for {folds} folds; ask for at most {total} folds{tied}")
+        more = "name more" if pointer == "/groups" else "give more inputs that differ"
+        remedy = f"; ask for at most {total} folds" if total > 1 else f", and 2 at least are needed; {more}"
+        raise refused(pointer, f"there are {total} {what} for {folds} folds{remedy}{tied}")
     for code, label in enumerate(targets.classes):
         members = targets.codes == code
         held = len(np.unique(clusters[members]))
@@ -80,22 +82,26 @@ def given_folds(targets: Targets, groups: NDArray[np.int64], split: Sequence[Any
     if len(names) > MAX_FOLDS:
         raise refused("/split", f"the split names {len(names)} folds; at most {MAX_FOLDS} are fitted")
     if not names or (len(names) == 1 and "train" not in split):
-        raise refused("/split", "the split leaves no rows to train on or none to test on")
+        raise refused("/split", "the split leaves no rows to train on or none to test on: name both")
     index: dict[Any, int] = {name: fold for fold, name in enumerate(names)} | {"train": -1}
     assignment = np.array([index[name] for name in split], dtype=np.int64)
     apart = torn(groups, assignment)
     if len(apart):
         raise refused(
-            f"/split/{apart[0]}", f"{len(apart)} rows have rows of their own group on the other side of the split"
+            f"/split/{apart[0]}",
+            f"{len(apart)} rows have rows of their own group on the other side of the split: keep each whole",
         )
     for fold, name in enumerate(names):
         for side, mask in (("held-out", assignment == fold), ("training", assignment != fold)):
             present = np.bincount(targets.codes[mask], minlength=max(len(targets.classes), 1))
             if present.min() == 0:
                 missing = targets.classes[int(present.argmin())]
-                raise refused("/split", f"the {side} rows of {name!r} have no row of class {missing!r}")
+                raise refused("/split", f"the {side} rows of {name!r} have no row of class {missing!r}: put some there")
             if targets.values is not None and side == "training" and not fixes_a_line(targets.values[mask]):
-                raise refused("/split", f"the training rows of {name!r} have too few different values to learn from")
+                raise refused(
+                    "/split",
+                    f"the training rows of {name!r} have too few different values to learn from: put more there",
+                )
     return assignment, len(names)
 
 

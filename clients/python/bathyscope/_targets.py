@@ -90,7 +90,7 @@ def encode_labels(labels: Sequence[Any], rows: int, *, task: str = "auto") -> Ta
         )
     kinds = {_kind(value) for value in values}
     if len(kinds) > 1:
-        raise refused("/labels", f"labels are of one kind; these mix {' and '.join(sorted(kinds))}")
+        raise refused("/labels", f"labels are of one kind; these mix {' and '.join(sorted(kinds))}: write them alike")
     if task == "regression":
         return _values(values, kinds)
     if kinds == {"numbers"}:
@@ -98,7 +98,9 @@ def encode_labels(labels: Sequence[Any], rows: int, *, task: str = "auto") -> Ta
             if task == "auto":
                 return _values(values, kinds)
             raise refused(
-                "/labels", f"classes are booleans, whole numbers or strings, for a {task} task; these are not"
+                "/labels",
+                f"classes are booleans, whole numbers or strings, for a {task} task, and these are not; for values "
+                "set task to regression",
             )
         values = [int(value) for value in values]
         _refuse_rows(
@@ -108,13 +110,13 @@ def encode_labels(labels: Sequence[Any], rows: int, *, task: str = "auto") -> Ta
         )
     classes = tuple(sorted(set(values)))
     if len(classes) < 2:
-        found = f"every label is {classes[0]!r}" if classes else "there are no rows"
+        found = f"every label is {classes[0]!r}: give rows of another class too" if classes else "there are no rows"
         raise refused("/labels", f"a probe needs two classes at least; {found}")
     if len(classes) > MAX_CLASSES:
         hint = "; if they are measurements, set task to regression" if kinds == {"numbers"} else ""
         raise refused("/labels", f"there are {len(classes)} different labels; at most {MAX_CLASSES} classes fit{hint}")
     if task == "binary" and len(classes) > 2:
-        raise refused("/labels", f"a binary task has two classes; these labels have {len(classes)}")
+        raise refused("/labels", f"a binary task has two classes; these labels have {len(classes)}: set task to auto")
     index = {label: code for code, label in enumerate(classes)}
     codes = np.fromiter((index[value] for value in values), dtype=np.int64, count=rows)
     return Targets(task="binary" if len(classes) == 2 else "multiclass", classes=classes, codes=codes)

@@ -207,3 +207,11 @@ def test_near_duplicates_join_groups_and_are_said() -> None:
 def test_near_duplicates_across_a_given_split_are_leakage() -> None:
     folds = make_folds(targets_of([0, 1] * 3), split=["train"] * 4 + ["test"] * 2, near=near([0, 1, 2, 3, 3, 4]))
     assert any(warning.startswith("Leakage") and "2 rows" in warning for warning in folds.warnings)
+
+
+def test_no_remedy_is_one_that_is_refused_itself() -> None:
+    """Two folds are the fewest that can be asked for."""
+    targets = encode_labels([0, 1] * 4, 8)
+    with pytest.raises(InvalidRequest, match="more inputs that differ") as caught:
+        make_folds(targets, folds=2, keys=["same"] * 8)
+    assert "at most 1" not in caught.value.detail
