@@ -127,6 +127,10 @@ def test_a_failed_extraction_fails_its_probe_with_the_cause(live: Stack) -> None
     ended = live.job(job["id"])
     assert ended["status"] == "failed"
     assert ended["error"]["type"] == "/problems/dependency-failed"
+    assert [error["pointer"] for error in ended["error"]["errors"]] == ["/data/inputs/0"]
+    assert [error["pointer"] for error in ended["error"]["cause"]["errors"]] == ["/inputs/0"]
+    record = live.client.get(f"/v1/jobs/{job['id']}").json()["request"]
+    assert record["data"] == {"inputs": 4}
 
 
 @pytest.mark.parametrize(

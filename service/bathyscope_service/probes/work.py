@@ -109,6 +109,7 @@ async def probe_work(context: Context, request: Request, caller: ApiKey, body: P
                 **body.model_dump(exclude={"labels", "groups", "split", "data", "webhook"}, exclude_defaults=True),
                 "extraction": extraction_id,
                 "labels": "correct" if body.labels == "correct" else len(labels),
+                **({"data": {"inputs": rows}} if body.data is not None else {}),
             },
             resource_id=new_id("prb"),
             priority=body.priority,
