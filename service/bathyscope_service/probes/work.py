@@ -225,12 +225,6 @@ async def prediction_work(context: Context, caller: ApiKey, probe: Resource, bod
             webhook=webhook,
         )
     chosen({}, body.variant)
-    adapter = None
-    if identity.adapter is not None and (adapter := await of_digest(context, caller, identity.adapter)) is None:
-        raise StateConflict(
-            f"The adapter that the probe was trained with ({identity.adapter[:12]}…) was deleted; add it again to read "
-            "new inputs with it."
-        )
     options = ExtractionOptions(
         model=identity.model,
         quantization=identity.quantization,
@@ -245,6 +239,12 @@ async def prediction_work(context: Context, caller: ApiKey, probe: Resource, bod
     refuse_prompts(body.inputs)
     with pointing(None):
         entry = await model_entry(context, options.model, options.quantization)
+    adapter = None
+    if identity.adapter is not None and (adapter := await of_digest(context, caller, identity.adapter, entry)) is None:
+        raise StateConflict(
+            f"The adapter that the probe was trained with ({identity.adapter[:12]}…) was deleted; add it again to read "
+            "new inputs with it."
+        )
     await context.apart(size, check, entry, options, body.inputs, context.plane.settings.limits)
     return Work(
         kind="prediction",
