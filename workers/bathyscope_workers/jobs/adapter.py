@@ -188,7 +188,7 @@ async def _attach(work: JobWork) -> dict[str, Any]:
     # An earlier attempt may have got as far as to name files that others brought, and removed its own.
     blobs = await work.plane.catalogue.shelf.hold(digest, _claim_of(work)) or _blobs(work.payload["staged"])
     work.attached = blobs
-    path = await work.adapters.place(digest, blobs, work.scratch / digest)
+    path = await work.place(digest, blobs)
     return work.run_command(resident=work.resident.to_wire(), extra={"adapter": {"digest": digest, "path": str(path)}})
 
 
