@@ -10,7 +10,7 @@ import signal
 import tarfile
 import time
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -217,7 +217,9 @@ def test_engines_are_killed(live: Stack, engine: str) -> None:
     live.client.delete(f"/v1/adapters/{adapter['id']}")
 
 
-def test_what_the_cache_holds_is_verified(live: Stack) -> None:
+@pytest.mark.parametrize("damage", [lambda content: content[:-100], lambda content: content[:-100] + bytes(100)])
+def test_what_the_cache_holds_is_verified(live: Stack, damage: Callable[[bytes], bytes]) -> None:
+    """Of another size it is found out at once, and of the same size by the engine, as it reads the tensors."""
     adapter = added(live.client, archive(30, "tinker"))
     home = live.data_dir / "adapters" / adapter["digest"]
     expected = npy(live, live.extract(TEXTS, model="tiny", adapter=adapter["id"]))
@@ -225,7 +227,7 @@ def test_what_the_cache_holds_is_verified(live: Stack) -> None:
     assert hashlib.sha256(weights.read_bytes()).hexdigest()
     content = weights.read_bytes()
     weights.unlink()
-    weights.write_bytes(content[:-100])
+    weights.write_bytes(damage(content))
     [pid] = live.engines("model")
     os.kill(pid, signal.SIGKILL)  # so that it is attached anew
     np.testing.assert_allclose(npy(live, live.extract(TEXTS, model="tiny", adapter=adapter["id"])), expected, rtol=1e-5)

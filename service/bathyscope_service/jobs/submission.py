@@ -168,10 +168,10 @@ async def discard(context: Context, record: JobRecord, payload: str) -> None:
     for name in ("rows_key", "archive_key"):
         await _drop(context, content.get(name))
     if (staged := content.get("staged")) is not None and record.resource_id is not None:
-        digest, claim = content["converted"]["digest"], Claim(record.resource_id, record.id)
-        key = staged["weights"]["key"]
+        made, claim = content["converted"], Claim(record.resource_id, record.id)
+        key, what = staged["weights"]["key"], (made["digest"], made["base_model"], content["spec"].get("name"))
         with contextlib.suppress(Unavailable):
-            if await plane.catalogue.shelf.release([claim], record.owner, digest, content["spec"].get("name"), key):
+            if await plane.catalogue.shelf.release([claim], record.owner, *what, key):
                 for blob in staged.values():
                     await _drop(context, blob["key"])
 
