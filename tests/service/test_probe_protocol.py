@@ -221,6 +221,9 @@ def test_what_cannot_be_served_is_refused_at_once(
 @pytest.mark.parametrize(
     ("body", "pointer", "words"),
     [
+        ({"estimator": "lda", "C": [1.0]}, "/C", "leave C out"),
+        ({"covariance": "shrunk"}, "/covariance", "use the estimator mass_mean"),
+        ({"labels": [k / 3 for k in range(len(INPUTS))]}, "/estimator", "use ridge or mlp"),
         ({"labels": [1] * len(INPUTS)}, "/labels", "every label is 1: give rows of another class"),
         ({"labels": [0.5] * len(INPUTS)}, "/labels", "differ"),
         ({"labels": [*[0.0, 7.0] * 39, -1e20, 7.0]}, "/labels/78", "64 bits"),

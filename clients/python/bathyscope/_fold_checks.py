@@ -27,10 +27,11 @@ def check_rows(
     groups: Sequence[Any] | None = None,
     split: Sequence[Any] | str | None = None,
     folds: int = 5,
-) -> None:
-    """Raise `InvalidRequest` for labels, groups and a split, one entry a row each, of which no probe can be learned.
+) -> str:
+    """The task that labels are: `binary`, `multiclass` or `regression`.
 
-    Where inputs repeat, or are nearly the same, a worker may find more.
+    Raises `InvalidRequest` for labels, groups and a split, one entry a row each, of which no probe can be
+    learned. Where inputs repeat, or are nearly the same, a worker may find more.
     """
     targets = encode_labels(labels, len(labels), task=task)
     codes = np.arange(len(labels)) if groups is None else encode_groups(groups, len(labels))
@@ -38,6 +39,7 @@ def check_rows(
         given_folds(targets, codes, split)
     else:
         check_folds(targets, codes, folds, "/labels" if groups is None else "/groups")
+    return targets.task
 
 
 def check_folds(targets: Targets, clusters: NDArray[np.int64], folds: int, pointer: str) -> None:

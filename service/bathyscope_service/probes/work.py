@@ -8,6 +8,7 @@ from typing import Any
 
 from fastapi import Request
 
+from bathyscope._estimators import check_estimator
 from bathyscope._fold_checks import check_rows
 from bathyscope.errors import (
     FieldError,
@@ -166,6 +167,7 @@ async def _layers_of(context: Context, model: str, asked: list[int] | str) -> tu
 
 def _check_settings(body: ProbeRequest) -> None:
     """Refuse settings that do not go together whatever the states are."""
+    check_estimator(body.estimator, penalised=body.C is not None, covariance=body.covariance, task=None)
     found = []
     regression = body.task == "regression" or (
         body.task == "auto" and any(isinstance(label, float) and not label.is_integer() for label in body.labels)
@@ -233,7 +235,8 @@ def _check_lengths(body: ProbeRequest, rows: int) -> None:
 def _check_rows(body: ProbeRequest) -> None:
     """Refuse labels, groups and a split of which no probe can be learned, whatever the states are."""
     if isinstance(body.labels, list):
-        check_rows(body.labels, task=body.task, groups=body.groups, split=body.split, folds=body.folds)
+        task = check_rows(body.labels, task=body.task, groups=body.groups, split=body.split, folds=body.folds)
+        check_estimator(body.estimator, penalised=body.C is not None, covariance=body.covariance, task=task)
 
 
 def _check_layers(body: ProbeRequest, held: list[int] | None, depth: int | None) -> None:

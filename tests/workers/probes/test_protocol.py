@@ -183,7 +183,7 @@ def test_a_penalty_at_the_end_of_its_path_is_said() -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"labels": [0.5, 1.5] * 20, "estimator": "lda"}, "does not learn a regression"),
+        ({"labels": [0.5, 1.5] * 20, "estimator": "lda"}, "lda learns classes"),
         ({"labels": [0, 1] * 20, "state_offsets": np.arange(41)}, "one vector an input"),
         ({"labels": [0, 1] * 20, "estimator": "attention"}, "extract with pooling none"),
         ({"labels": [0, 1] * 20, "estimator": "max_mean"}, "extract with pooling none"),

@@ -53,11 +53,6 @@ class Estimator(Protocol):
         ...
 
     @property
-    def tasks(self) -> frozenset[str]:
-        """Which of `binary`, `multiclass` and `regression` it can learn."""
-        ...
-
-    @property
     def reads(self) -> Literal["pooled", "tokens"]:
         """Whether `X` is one vector a row or a `TokenStates`."""
         ...

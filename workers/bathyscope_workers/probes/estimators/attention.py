@@ -92,11 +92,6 @@ class AttentionEstimator:
         return "attention"
 
     @property
-    def tasks(self) -> frozenset[str]:
-        """All of them."""
-        return frozenset({"binary", "multiclass", "regression"})
-
-    @property
     def reads(self) -> Literal["pooled", "tokens"]:
         """Every token."""
         return "tokens"

@@ -33,11 +33,6 @@ class LDAEstimator:
         return "lda"
 
     @property
-    def tasks(self) -> frozenset[str]:
-        """Classes, two or more."""
-        return frozenset({"binary", "multiclass"})
-
-    @property
     def reads(self) -> Literal["pooled", "tokens"]:
         """One vector a row."""
         return "pooled"

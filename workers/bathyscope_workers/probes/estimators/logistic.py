@@ -40,11 +40,6 @@ class LogisticEstimator:
         return "logistic"
 
     @property
-    def tasks(self) -> frozenset[str]:
-        """Classes, two or more."""
-        return frozenset({"binary", "multiclass"})
-
-    @property
     def reads(self) -> Literal["pooled", "tokens"]:
         """One vector a row."""
         return "pooled"

@@ -41,11 +41,6 @@ class MassMeanEstimator:
         return "mass_mean"
 
     @property
-    def tasks(self) -> frozenset[str]:
-        """Classes, two or more."""
-        return frozenset({"binary", "multiclass"})
-
-    @property
     def reads(self) -> Literal["pooled", "tokens"]:
         """One vector a row."""
         return "pooled"

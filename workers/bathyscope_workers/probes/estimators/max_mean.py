@@ -97,11 +97,6 @@ class MaxMeanEstimator:
         return "max_mean"
 
     @property
-    def tasks(self) -> frozenset[str]:
-        """Classes, two or more."""
-        return frozenset({"binary", "multiclass"})
-
-    @property
     def reads(self) -> Literal["pooled", "tokens"]:
         """Every token."""
         return "tokens"

@@ -109,11 +109,6 @@ class MLPEstimator:
         return "mlp"
 
     @property
-    def tasks(self) -> frozenset[str]:
-        """All of them."""
-        return frozenset({"binary", "multiclass", "regression"})
-
-    @property
     def reads(self) -> Literal["pooled", "tokens"]:
         """One vector a row."""
         return "pooled"

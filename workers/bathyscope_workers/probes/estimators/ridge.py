@@ -39,11 +39,6 @@ class RidgeEstimator:
         return "ridge"
 
     @property
-    def tasks(self) -> frozenset[str]:
-        """All of them."""
-        return frozenset({"binary", "multiclass", "regression"})
-
-    @property
     def reads(self) -> Literal["pooled", "tokens"]:
         """One vector a row."""
         return "pooled"
