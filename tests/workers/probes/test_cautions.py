@@ -41,6 +41,7 @@ def test_about_rows(changes: dict[str, Any], found: list[str]) -> None:
     [
         (scores(0.8, 0.7, 0.9, accuracy=0.8), []),
         (scores(0.6, 0.45, 0.7, accuracy=0.8), ["spans chance"]),
+        (scores(0.2, 0.1, 0.3, accuracy=0.8), ["is below chance (0.5): look for labels that are flipped"]),
         (scores(0.48, accuracy=0.8), ["not above chance"]),
         (scores(0.8, 0.7, 0.9, accuracy=0.6), ["commonest class"]),
     ],

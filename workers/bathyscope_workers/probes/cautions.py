@@ -46,7 +46,12 @@ def about_figures(held_out: Scores, *, task: str, counts: Sequence[int]) -> list
     """Of the score of the whole procedure."""
     found = []
     name, chance, figure = _main(held_out, task)
-    if figure.low is not None and figure.low <= chance:
+    if figure.high is not None and figure.high < chance:
+        found.append(
+            f"The interval of the held-out {name} ({figure.low:.3f} to {figure.high:.3f}) is below chance ({chance:g}): "
+            "look for labels that are flipped in some rows, or for rows of a fold that tell of those of another."
+        )
+    elif figure.low is not None and figure.low <= chance:
         found.append(
             f"The interval of the held-out {name} ({figure.low:.3f} to {figure.high:.3f}) spans chance ({chance:g}): "
             "these rows do not show that the probe reads anything."
