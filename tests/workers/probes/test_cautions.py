@@ -88,6 +88,30 @@ def test_about_regression() -> None:
 
 
 @pytest.mark.parametrize(
+    ("changed", "warned"),
+    [
+        ({}, True),
+        ({"recurring": 0}, False),
+        ({"control": {"value": 0.76, "low": 0.74, "high": 0.8}}, False),
+        ({"selectivity": {"value": 0.1, "low": 0.05, "high": 0.2}}, False),
+        ({"control": {"value": 0.76, "low": None, "high": None}}, True),
+    ],
+)
+def test_about_selectivity(changed: dict[str, Any], warned: bool) -> None:
+    given = {
+        "layer": 3,
+        "metric": "accuracy",
+        "probe": {"value": 0.83, "low": 0.8, "high": 0.86},
+        "control": {"value": 0.8, "low": 0.78, "high": 0.82},
+        "selectivity": {"value": 0.03, "low": -0.01, "high": 0.07},
+        "chance": 0.75,
+        "recurring": 40,
+    }
+    said = cautions.about_selectivity(given | changed)
+    assert ["not shown to be selective at layer 3" in one for one in said] == [True] * warned
+
+
+@pytest.mark.parametrize(
     ("candidates", "chosen", "start"),
     [((0.1, 1.0, 10.0), 1.0, None), ((0.1, 1.0), 0.1, "The chosen C (0.1) is the smallest"), ((0.1,), 0.1, None)],
 )

@@ -48,8 +48,8 @@ def about_figures(held_out: Scores, *, task: str, counts: Sequence[int]) -> list
     name, chance, figure = _main(held_out, task)
     if figure.high is not None and figure.high < chance:
         found.append(
-            f"The interval of the held-out {name} ({figure.low:.3f} to {figure.high:.3f}) is below chance ({chance:g}): "
-            "look for labels that are flipped in some rows, or for rows of a fold that tell of those of another."
+            f"The interval of the held-out {name} ({figure.low:.3f} to {figure.high:.3f}) is below chance ({chance:g}): look "
+            "for labels that are flipped in some rows, or for rows of a fold that tell of those of another."
         )
     elif figure.low is not None and figure.low <= chance:
         found.append(
@@ -116,14 +116,20 @@ def about_calibration(method: str, before: Scores, after: Scores, rows: int) -> 
 
 
 def about_selectivity(selectivity: Mapping[str, Any]) -> list[str]:
-    """Of a control task that the same estimator learns as well as the labels."""
-    figure, layer, metric = selectivity["selectivity"], selectivity["layer"], selectivity["metric"]
+    """Of a control task that the same estimator learns, by heart, about as well as the labels.
+
+    Where no group or input occurs twice nothing can be learned by heart, and a control at chance has learned nothing:
+    the probe is no better than it for another reason then.
+    """
+    figure, control = selectivity["selectivity"], selectivity["control"]
     bar = figure["value"] if figure["low"] is None else figure["low"]
-    if bar is None or bar > 0:
+    learned = control["value"] if control["low"] is None else control["low"]
+    if bar is None or bar > 0 or not selectivity["recurring"] or learned <= selectivity["chance"]:
         return []
     return [
-        f"The probe is not selective at layer {layer}: labels drawn at random for each group or input are learned "
-        f"as well ({metric} {selectivity['control']['value']:.3f} against {selectivity['probe']['value']:.3f})."
+        f"The probe is not shown to be selective at layer {selectivity['layer']}: labels drawn at random for each "
+        f"group or repeated input are learned about as well where its rows are on both sides ({selectivity['metric']} "
+        f"{control['value']:.3f} against {selectivity['probe']['value']:.3f})."
     ]
 
 

@@ -84,6 +84,7 @@ def selectivity(
         "layer": layer,
         "metric": "accuracy" if plan.classes else "r2",
         **figures,
+        "chance": float(np.bincount(y[held]).max() / len(held)) if plan.classes else 0.0,
         "training": float(np.mean(training)),
         "types": int(clusters.max()) + 1,
         "recurring": int(np.sum(np.bincount(clusters)[clusters] > 1)),

@@ -247,6 +247,9 @@ class Selectivity(AnswerModel):
     selectivity: Figure
     """`probe` minus `control`."""
 
+    chance: float
+    """What the control reaches without learning anything: the share of the commonest class, 0 for `r2`."""
+
     training: float
     """Of the control on the rows it was fitted on: how well the estimator learns by heart."""
 
