@@ -19,6 +19,7 @@ def scores(auroc: float, low: float | None = None, high: float | None = None, **
         ({}, []),
         ({"counts": [50, 12]}, ["Only 12 scored rows of class True"]),
         ({"clusters": 12}, ["Only 12 groups"]),
+        ({"clusters": 2}, ["The scored rows are of 2 groups only"]),
         ({"target_fpr": 0.001}, ["With 50 negatives a false-positive rate of 0.001"]),
         ({"task": "multiclass", "target_fpr": 0.001}, []),
         ({"task": "regression", "classes": [], "counts": [], "rows": 9}, ["Only 9 scored rows:"]),

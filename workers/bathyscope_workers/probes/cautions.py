@@ -7,6 +7,7 @@ from typing import Any
 
 from bathyscope_workers.probes.metrics import Figure
 from bathyscope_workers.probes.report import Scores
+from bathyscope_workers.probes.resampling import MIN_CLUSTERS
 
 FEW_ROWS = 20
 """Rows of a class below which figures are called rough."""
@@ -32,7 +33,10 @@ def about_rows(
     ]
     if task == "regression" and rows < FEW_ROWS:
         found.append(f"Only {rows} scored rows: figures and intervals are rough.")
-    if clusters < rows and clusters < FEW_CLUSTERS:
+    if clusters < MIN_CLUSTERS:
+        what = "rows" if clusters == rows else "groups"
+        found.append(f"The scored rows are of {clusters} {what} only: too few for intervals, and none is given.")
+    elif clusters < rows and clusters < FEW_CLUSTERS:
         found.append(f"Only {clusters} groups: intervals that draw whole groups are too narrow with so few.")
     if task == "binary" and target_fpr * counts[0] < 1:
         found.append(
@@ -48,8 +52,9 @@ def about_figures(held_out: Scores, *, task: str, counts: Sequence[int]) -> list
     name, chance, figure = _main(held_out, task)
     if figure.high is not None and figure.high < chance:
         found.append(
-            f"The interval of the held-out {name} ({figure.low:.3f} to {figure.high:.3f}) is below chance ({chance:g}): look "
-            "for labels that are flipped in some rows, or for rows of a fold that tell of those of another."
+            f"The interval of the held-out {name} ({figure.low:.3f} to {figure.high:.3f}) is below chance "
+            f"({chance:g}): look for labels that are flipped in some rows, or for rows of a fold that "
+            "tell of those of another."
         )
     elif figure.low is not None and figure.low <= chance:
         found.append(

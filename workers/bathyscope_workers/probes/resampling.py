@@ -15,6 +15,10 @@ from numpy.typing import NDArray
 
 from bathyscope_workers.probes.estimators._base import Codes, Floats
 
+MIN_CLUSTERS = 5
+"""Clusters, or rows, below which nothing is drawn: three have ten different resamples, one has a single one, and the
+interval would be as narrow as it is meaningless."""
+
 _CHUNK_ELEMENTS = 1_000_000
 """Weights handed out at a time: 8 MB."""
 
@@ -23,18 +27,23 @@ _KEPT_ELEMENTS = 8_000_000
 
 
 class Resamples:
-    """`count` bootstrap resamples of `rows` rows, the same whenever and however often they are read."""
+    """`count` bootstrap resamples of `rows` rows, the same whenever and however often they are read.
+
+    There are none where fewer than `MIN_CLUSTERS` clusters could be drawn.
+    """
 
     def __init__(self, rows: int, count: int, *, seed: int = 0, clusters: Codes | None = None) -> None:
         """`clusters` gives the cluster of each row; each row is its own when None."""
         self.rows = rows
-        self.count = count
+        self.count = 0
         self._seed = seed
         self._clusters: NDArray[np.int64] | None = None
         self.clusters = rows
         if clusters is not None:
             _, self._clusters = np.unique(clusters, return_inverse=True)
             self.clusters = int(self._clusters.max()) + 1
+        if self.clusters >= MIN_CLUSTERS:
+            self.count = count
         self._step = max(1, _CHUNK_ELEMENTS // max(rows, 1))
         self._kept: list[Floats] | None = None
 
