@@ -187,8 +187,8 @@ def test_values_are_dealt_evenly() -> None:
     assert np.std(means) < 0.05  # of rows dealt at random 0.16
 
 
-def near(clusters: list[int], complete: bool = True) -> NearDuplicates:
-    return NearDuplicates(np.array(clusters), 1, complete)
+def near(clusters: list[int], complete: bool = True, alike: int = 0) -> NearDuplicates:
+    return NearDuplicates(np.array(clusters), 1, complete, alike)
 
 
 def test_near_duplicates_join_groups_and_are_said() -> None:
@@ -200,6 +200,9 @@ def test_near_duplicates_join_groups_and_are_said() -> None:
     assert tied.clusters.tolist() == [0, 0, 0, 0, 1, 1, 2, 2]
     cut = make_folds(labels, folds=2, near=near([*range(8)], complete=False))
     assert any("not every pair" in warning for warning in cut.warnings)
+    copies = near([*range(8)], alike=6)
+    assert any("6 inputs are" in warning for warning in make_folds(labels, folds=2, near=copies).warnings)
+    assert not make_folds(labels, folds=2, groups=[0, 0, 1, 1, 2, 2, 3, 3], near=copies).warnings
     with pytest.raises(InvalidRequest, match="near_duplicates"):
         make_folds(labels, folds=4, near=near([0] * 6 + [1, 2]))
 

@@ -210,6 +210,11 @@ def _tie(
                 f"Inputs that are nearly the same tie {before} groups or inputs to {before - tied}, each of which "
                 "stays on one side of every split."
             )
+        if near.alike and not len(np.unique(groups)) < rows:
+            notes.append(
+                f"{near.alike} inputs are, but for some words, the same as more than a fifth of the others. Of one "
+                "template they are rightly told apart; copies of one text are not: name groups, which stay together."
+            )
         if not near.complete:
             notes.append("So many inputs share phrases that not every pair was compared for being nearly the same.")
     return joined, notes
