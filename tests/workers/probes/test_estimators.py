@@ -184,6 +184,7 @@ DEGENERATE: dict[str, Any] = {
 }
 
 
+@pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
 @pytest.mark.parametrize("arguments", POOLED, ids=lambda arguments: "-".join(arguments.values()))
 @pytest.mark.parametrize("kind", DEGENERATE)
 @pytest.mark.parametrize("rows", [24, 120])
@@ -214,6 +215,7 @@ def test_the_same_states_give_the_same_bits(arguments: dict[str, Any]) -> None:
         assert all(array.dtype == np.float64 for array in first)
 
 
+@pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
 @pytest.mark.parametrize("arguments", POOLED, ids=lambda arguments: "-".join(arguments.values()))
 def test_folds_together_equal_folds_apart(arguments: dict[str, Any]) -> None:
     X, y = problem(90, 120, 2)
