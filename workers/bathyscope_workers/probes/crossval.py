@@ -156,18 +156,20 @@ class Plan:
         """Decision values as predictions: probabilities, or the values themselves."""
         return probabilities(scores) if self.classes else scores
 
-    def score(self, predictions: Floats) -> Scores:
-        """Score predictions of the held-out rows: (held-out rows, classes), or values (held-out rows,)."""
+    def score(self, predictions: Floats, *, fitted: bool = True) -> Scores:
+        """Score predictions of the held-out rows: (held-out rows, classes), or values (held-out rows,).
+
+        Those that were not `fitted` to any rows compare across folds, and their intervals need no widening.
+        """
         y, resamples = self.targets.y[self.folds.held_out], self.resamples
+        strata, spread = (self.strata, self.spread) if fitted else (None, 1.0)
         if not self.classes:
-            figures = regression.score_values(
-                y, predictions, strata=self.strata, resamples=resamples, spread=self.spread
-            )
+            figures = regression.score_values(y, predictions, strata=strata, resamples=resamples, spread=spread)
             return Scores(figures)
         figures = metrics.score(
-            y, predictions, strata=self.strata, resamples=resamples, target_fpr=self.target_fpr, spread=self.spread
+            y, predictions, strata=strata, resamples=resamples, target_fpr=self.target_fpr, spread=spread
         )
-        parts = brier_decomposition(y, predictions, resamples=resamples, spread=self.spread)
+        parts = brier_decomposition(y, predictions, resamples=resamples, spread=spread)
         return Scores(figures, metrics.reliability(y, predictions), parts)
 
     def main(self, y: NDArray[Any], predictions: Floats, strata: Codes) -> float:
