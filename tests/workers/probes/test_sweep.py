@@ -1,3 +1,4 @@
+import contextlib
 import dataclasses
 import json
 import threading
@@ -13,7 +14,7 @@ from sklearn.preprocessing import StandardScaler
 
 from bathyscope.errors import InvalidInput, InvalidRequest, JobCancelled
 from bathyscope.types import Report as WireReport
-from bathyscope_workers.probes import SweepConfig, SweepResult, sweep
+from bathyscope_workers.probes import SweepConfig, SweepResult, resampling, sweep
 
 QUICK = SweepConfig(bootstrap=200)
 
@@ -296,6 +297,23 @@ def test_progress_comes_from_the_callers_thread() -> None:
     assert ("fitting", 4, 4, "layers") in seen
     fitted = [done for stage, done, _, _ in seen if stage == "fitting"]
     assert fitted == sorted(fitted)
+
+
+def test_it_can_be_cancelled_between_any_two_parts_of_the_resamples(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is drawn of many rows takes minutes."""
+    monkeypatch.setattr(resampling, "_CHUNK_ELEMENTS", 1000)
+    states, y, _ = planted(layers=2)
+    asked = {50: 0, 500: 0}
+    for resamples in asked:
+
+        def cancelled(resamples: int = resamples) -> bool:
+            asked[resamples] += 1
+            return asked[resamples] > 2000
+
+        config = dataclasses.replace(QUICK, bootstrap=resamples, baselines=("length",))
+        with contextlib.suppress(JobCancelled):
+            sweep(states, [0, 1], y.tolist(), config=config, lengths=np.ones(len(y)), cancelled=cancelled)
+    assert asked[50] < 2000 < asked[500] == 2001
 
 
 def test_cancelling_ends_it_soon_and_leaves_no_thread() -> None:

@@ -8,7 +8,7 @@ their figures comparable draw by draw.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,12 +46,16 @@ class Resamples:
             self.count = count
         self._step = max(1, _CHUNK_ELEMENTS // max(rows, 1))
         self._kept: list[Floats] | None = None
+        self.check: Callable[[], None] = lambda: None
+        """Called before each chunk is handed out; what it raises ends the reading, which may take minutes."""
 
     def chunks(self) -> Iterator[Floats]:
         """The weights, (some resamples, rows) at a time."""
         if self._kept is None and self.count * self.rows <= _KEPT_ELEMENTS:
             self._kept = list(self._draw())
-        yield from self._draw() if self._kept is None else self._kept
+        for weights in self._draw() if self._kept is None else self._kept:
+            self.check()
+            yield weights
 
     def _draw(self) -> Iterator[Floats]:
         share = np.full(self.clusters, 1.0 / self.clusters)

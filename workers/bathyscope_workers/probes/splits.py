@@ -135,10 +135,11 @@ def make_folds(
         if _usable(targets, assignment, folds, held_out=kind != "random"):
             break
     else:
+        needed = "rows of every class" if targets.classes else "rows, and the rest values that differ"
         raise refused(
             pointer,
-            f"no way was found to give each of {folds} folds rows of every class; ask for fewer folds, or give "
-            "more and smaller groups",
+            f"no way was found to give each of {folds} folds {needed}; ask for fewer folds, or give more and smaller "
+            "groups",
         )
     return Folds(kind, assignment, clusters, folds, seed, tuple(notes))
 

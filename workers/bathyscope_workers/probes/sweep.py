@@ -136,6 +136,8 @@ def sweep(
     folds = _folds(targets, config, inputs, groups, split, input_keys)
     plan = _plan(targets, folds, estimator, config, state_offsets, layers=len(layer_numbers))
     watch = _Watch(progress, cancelled, plan.stop)
+    own = threading.get_ident()
+    plan.resamples.check = lambda: watch.check() if threading.get_ident() == own else plan.stop_if_asked()
     with threadpool_limits(limits=1), warnings.catch_warnings():
         # Solvers warn through the interpreter's one list of filters; the report says what did not converge.
         warnings.simplefilter("ignore", ConvergenceWarning)
