@@ -224,6 +224,7 @@ def test_what_cannot_be_served_is_refused_at_once(
         ({"estimator": "lda", "C": [1.0]}, "/C", "leave C out"),
         ({"covariance": "shrunk"}, "/covariance", "use the estimator mass_mean"),
         ({"labels": [k / 3 for k in range(len(INPUTS))]}, "/estimator", "use ridge or mlp"),
+        ({"labels": [k % 2 for k in range(len(INPUTS))], "task": "regression"}, "/estimator", "use ridge or mlp"),
         ({"labels": [1] * len(INPUTS)}, "/labels", "every label is 1: give rows of another class"),
         ({"labels": [0.5] * len(INPUTS)}, "/labels", "differ"),
         ({"labels": [*[0.0, 7.0] * 39, -1e20, 7.0]}, "/labels/78", "64 bits"),
@@ -342,22 +343,3 @@ def test_states_of_every_token_need_an_estimator_that_reads_them(live: Stack) ->
     [error] = problem(answer, 422, "invalid-request")["errors"]
     assert error["pointer"] == "/extraction"
     assert "attention" in error["detail"]
-
-
-@pytest.mark.parametrize(
-    ("body", "pointer", "words"),
-    [
-        ({"labels": [number % 2 for number in range(len(INPUTS))], "task": "regression"}, "/estimator", "ridge"),
-        ({"estimator": "lda", "C": [1.0]}, "/C", "leave it out"),
-        ({"covariance": "shrunk"}, "/covariance", "mass_mean"),
-    ],
-)
-def test_what_cannot_be_learned_fails_the_job_and_says_where(
-    live: Stack, states: dict[str, Any], body: dict[str, Any], pointer: str, words: str
-) -> None:
-    job = live.post("/v1/probes", {"extraction": states["id"], "labels": LABELS, "bootstrap": 0, **body}).json()
-    assert job["status"] == "failed", job
-    assert job["error"]["status"] == 422
-    [error] = job["error"]["errors"]
-    assert error["pointer"] == pointer
-    assert words in error["detail"]
