@@ -8,14 +8,14 @@ epoch are kept. That tenth is drawn from the training rows by the seed, stratifi
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from sklearn.neural_network import MLPClassifier, MLPRegressor
 
-from bathyscope_workers.probes.estimators._base import Floats, Standardizer, checked, probabilities
+from bathyscope_workers.probes.estimators._base import Floats, Penalised, Standardizer, checked, probabilities
 
 DEFAULT_MLP_C = (1.0,)
 """Of standardised states; 1 / C is scikit-learn's alpha."""
@@ -91,7 +91,7 @@ class MLPFit:
 
 
 @dataclass(frozen=True)
-class MLPEstimator:
+class MLPEstimator(Penalised):
     """A perceptron on standardised states, one fit for each `C`."""
 
     C: tuple[float, ...] = DEFAULT_MLP_C
@@ -103,24 +103,8 @@ class MLPEstimator:
     seed: int = 0
     """Of the first weights, the minibatches and the rows that end training."""
 
-    @property
-    def name(self) -> str:
-        """`mlp`."""
-        return "mlp"
-
-    @property
-    def reads(self) -> Literal["pooled", "tokens"]:
-        """One vector a row."""
-        return "pooled"
-
-    @property
-    def penalties(self) -> tuple[float, ...]:
-        """The values of C."""
-        return self.C
-
-    def with_penalty(self, penalty: float) -> MLPEstimator:
-        """The same with this C alone."""
-        return replace(self, C=(penalty,))
+    name: ClassVar[str] = "mlp"
+    reads: ClassVar[Literal["pooled", "tokens"]] = "pooled"
 
     def fit_path(self, X: NDArray[np.floating], y: NDArray[Any], classes: int) -> list[MLPFit]:
         """Fit states `X` (rows, hidden), any float dtype, to codes or values `y` (rows,): one fit for each C."""
