@@ -9,6 +9,9 @@ ESTIMATORS = ("logistic", "ridge", "mass_mean", "lda", "mlp", "attention", "max_
 PENALISED = ("logistic", "ridge", "mlp", "attention", "max_mean")
 """Those that take `C`."""
 
+TOKEN_ESTIMATORS = ("attention", "max_mean")
+"""Those that read the states of every token; the others read one vector an input."""
+
 _CLASSES_ONLY = {
     "logistic": "ridge or mlp",
     "mass_mean": "ridge or mlp",

@@ -8,7 +8,7 @@ from typing import Any
 
 from fastapi import Request
 
-from bathyscope._estimators import check_estimator
+from bathyscope._estimators import TOKEN_ESTIMATORS, check_estimator
 from bathyscope._fold_checks import check_rows
 from bathyscope.errors import (
     FieldError,
@@ -29,9 +29,6 @@ from bathyscope_service.jobs.submission import Work, submit, webhook_of
 from bathyscope_service.jobs.views import job_of
 from bathyscope_service.problems import pointing
 from bathyscope_service.resources import resource_of
-
-_TOKEN_ESTIMATORS = ("attention", "max_mean")
-"""Those that read the states of every token; the others read one vector an input."""
 
 
 async def probe_work(context: Context, request: Request, caller: ApiKey, body: ProbeRequest) -> tuple[Work, str | None]:
@@ -185,7 +182,7 @@ def _check_settings(body: ProbeRequest) -> None:
 
 def _check_pooling(body: ProbeRequest, pooling: str | None, pointer: str) -> None:
     """Refuse an estimator that reads other states than these; `pointer` is where those are asked for."""
-    if pooling is None or (pooling == "none") == (body.estimator in _TOKEN_ESTIMATORS):
+    if pooling is None or (pooling == "none") == (body.estimator in TOKEN_ESTIMATORS):
         return
     if pooling == "none":
         raise InvalidRequest(
@@ -194,7 +191,7 @@ def _check_pooling(body: ProbeRequest, pooling: str | None, pointer: str) -> Non
                 FieldError(
                     pointer=pointer,
                     detail=f"a {body.estimator} probe reads one vector an input; extract with pooling last, mean, max "
-                    f"or first, or use the estimator {' or '.join(_TOKEN_ESTIMATORS)}",
+                    f"or first, or use the estimator {' or '.join(TOKEN_ESTIMATORS)}",
                 )
             ],
         )
