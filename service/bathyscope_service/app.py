@@ -23,6 +23,7 @@ from bathyscope_service.jobs.endpoints import router as jobs
 from bathyscope_service.later.endpoints import router as later
 from bathyscope_service.models.endpoints import router as models
 from bathyscope_service.observe import Observe
+from bathyscope_service.plots.endpoints import router as plots
 from bathyscope_service.probes.endpoints import router as probes
 from bathyscope_service.system.endpoints import router as system
 from bathyscope_service.tinker.asking import Tinker
@@ -73,6 +74,6 @@ def create_app(settings: Settings, *, loopback: bool) -> FastAPI:
     app.add_middleware(Audit)
     app.add_middleware(Observe)
     app.add_middleware(Head)
-    for router in (adapters, extractions, probes, models, tinker, jobs, system, later):
+    for router in (adapters, extractions, probes, plots, models, tinker, jobs, system, later):
         app.include_router(router)
     return app

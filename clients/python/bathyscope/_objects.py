@@ -6,9 +6,9 @@ Each comes twice, `Probe` and `AsyncProbe`; the second has the same methods to b
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Unpack
+from typing import TYPE_CHECKING, Any, Literal, Unpack
 
 from pydantic import PrivateAttr
 
@@ -22,6 +22,7 @@ from bathyscope._progress import Report, progress_bar
 from bathyscope._results import fetch_tensors, save
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure as Picture
     from numpy.typing import NDArray
 
     from bathyscope._probe_file import FittedProbe
@@ -73,6 +74,13 @@ class _Prediction(types.Prediction, Bound):
     def _path(self) -> str:
         return path("v1", "predictions", self.id)
 
+    def plot(self, *, rows: Sequence[int] | None = None, theme: Literal["light", "dark"] = "light") -> Picture:
+        """The scores of `per_token` as a heat-map over the texts of those inputs (all that fit, if none are named), a
+        matplotlib figure drawn here. Needs matplotlib: `pip install 'bathyscope[plots]'`."""
+        from bathyscope import plots
+
+        return plots.figure(self, "tokens", theme=theme, rows=rows)
+
     def array(self) -> NDArray[Any]:
         """`probabilities` as an array, float64, `(inputs, classes)`; of a regression `values`, `(inputs,)`."""
         import numpy as np
@@ -114,6 +122,20 @@ class _Probe(types.Probe, Bound):
     @property
     def _path(self) -> str:
         return path("v1", "probes", self.id)
+
+    def plot(
+        self,
+        name: Literal["layer_curve", "reliability", "roc", "risk_coverage"] = "layer_curve",
+        *,
+        theme: Literal["light", "dark"] = "light",
+    ) -> Picture:
+        """The report as a matplotlib figure, drawn here; `bathyscope.plots.save` writes it to a file.
+
+        Needs matplotlib: `pip install 'bathyscope[plots]'`.
+        """
+        from bathyscope import plots
+
+        return plots.figure(self, name, theme=theme)
 
     def _save(
         self, retry: Retry, destination: str | os.PathLike[str], format: types.WeightsFormat | None

@@ -341,7 +341,7 @@ def row_range(text: str, inputs: int) -> tuple[int, int]:
         raise _invalid("/rows", "give rows as first-last, counted from 0, both inclusive, such as 0-99")
     start, stop = int(first), int(last or first)
     if stop < start or stop >= inputs:
-        raise _invalid("/rows", f"this extraction holds the inputs 0-{inputs - 1}, not {text[:30]!r}")
+        raise _invalid("/rows", f"there are the inputs 0-{inputs - 1}, not {text[:30]!r}")
     return start, stop + 1
 
 

@@ -17,6 +17,7 @@ from bathyscope_workers.probes.estimators._base import Floats
 from bathyscope_workers.probes.metrics import reliability
 from bathyscope_workers.probes.protocol import protocol_text
 from bathyscope_workers.probes.report import Report, Scores
+from bathyscope_workers.probes.roc import roc_curve
 from bathyscope_workers.probes.thresholds import decision_thresholds
 
 
@@ -76,6 +77,7 @@ def write_report(found: Findings, config: dict[str, Any], *, permutations: int) 
     if plan.classes:
         held_out["reliability_equal_mass"] = reliability(y, found.predicted, equal_mass=True)
     if plan.classes == 2:
+        held_out["roc"] = roc_curve(y, found.predicted[:, 1], plan.strata)
         thresholds = decision_thresholds(y, found.predicted[:, 1], plan.target_fpr, found.held_out["recall_at_fpr"])
     confidence = None
     if found.confidence is not None and plan.classes == 2:

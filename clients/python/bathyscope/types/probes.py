@@ -154,6 +154,16 @@ class BrierDecomposition(AnswerModel):
     """Twice the covariance of probabilities and labels within the bins."""
 
 
+class RocCurve(AnswerModel):
+    """The ROC curve behind an AUROC: the folds' curves averaged at equal false-positive rates (Fawcett 2006)."""
+
+    false_positive_rate: list[float]
+    """Ascending from 0 to 1; a step straight up has it twice."""
+
+    true_positive_rate: list[float]
+    """Of each, the share of positives found."""
+
+
 class Scores(AnswerModel):
     """What a set of predictions is worth. Fields that a report lacks are null."""
 
@@ -189,6 +199,9 @@ class Scores(AnswerModel):
 
     reliability: list[ReliabilityBin] = Field(default_factory=list)
     """The bins behind `ece`."""
+
+    roc: RocCurve | None = None
+    """Binary, of the whole procedure on held-out rows: the curve behind `auroc`, whose area it has."""
 
     r2: Figure | None = None
     """Regression: share of the variance that is explained; below 0 for worse than the mean."""
