@@ -41,6 +41,14 @@ def test_the_report_as_pictures(live: Stack, trained: dict[str, Any]) -> None:
         assert ElementTree.fromstring(svg.content).tag.endswith("svg")
 
 
+def test_the_report_as_a_page(live: Stack, trained: dict[str, Any]) -> None:
+    answer = live.client.get(f"/v1/probes/{trained['id']}/report")
+    assert answer.headers["content-type"].startswith("text/html")
+    assert "default-src 'none'" in answer.headers["content-security-policy"]
+    assert trained["id"] in answer.text
+    assert answer.text.count("<img ") == 3
+
+
 def test_the_curve_has_the_reports_area(trained: dict[str, Any]) -> None:
     held_out = trained["report"]["held_out"]
     x, t = held_out["roc"]["false_positive_rate"], held_out["roc"]["true_positive_rate"]

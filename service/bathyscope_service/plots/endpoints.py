@@ -1,4 +1,5 @@
-"""`GET /v1/probes/{id}/plots/{name}` and `GET /v1/predictions/{id}/plots/{name}`: reports as pictures."""
+"""`GET /v1/probes/{id}/plots/{name}` and `GET /v1/predictions/{id}/plots/{name}`: reports as pictures, and
+`GET /v1/probes/{id}/report`: as a page."""
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 import orjson
 from fastapi import APIRouter, Query
-from starlette.responses import Response
+from starlette.responses import HTMLResponse, Response
 
 from bathyscope import errors
 from bathyscope.types import Prediction, Probe
@@ -61,6 +62,27 @@ async def get_probe_plot(
         return plots.rendered(Probe.model_validate(resource.body), name, format=format, theme=theme)
 
     return await _picture(context, resource, draw, format)
+
+
+@router.get(
+    "/v1/probes/{probe_id}/report",
+    summary="A probe's report as a page",
+    response_class=HTMLResponse,
+    responses=responses(errors.NotFound, errors.Expired),
+)
+async def get_probe_report(probe_id: str, context: Ctx, caller: Caller) -> Response:
+    """One HTML page with every figure and picture inside: it needs no network and runs no script."""
+    resource = await resource_of(context, caller, "probe", probe_id)
+
+    def write() -> str:
+        from bathyscope import reports
+
+        return reports.rendered(Probe.model_validate(resource.body))
+
+    async with context.heavy:
+        content = await asyncio.to_thread(write)
+    headers = {"Content-Security-Policy": "default-src 'none'; img-src data:; style-src 'unsafe-inline'"}
+    return HTMLResponse(content, headers=headers)
 
 
 @router.get(

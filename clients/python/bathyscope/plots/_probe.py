@@ -149,8 +149,8 @@ def risk_coverage(probe: types.Probe, theme: Theme) -> Picture:
             label=f"{name}: area {said(area)}",
         )
     axes.set(xlim=(0, 1), xlabel="share of questions answered, most confident first", ylabel="share answered wrong")
-    axes.set_ylim(0, 1.12 * axes.get_ylim()[1])
-    axes.legend(loc="lower right")
+    axes.set_ylim(0, 1.3 * axes.get_ylim()[1])  # the legend lies above the curves, wherever they are
+    axes.legend(loc="upper left")
     titled(axes, f"Risk against coverage: {subject(probe)}", f"held-out rows; {confidence['rows']:,} of them", theme)
     return picture
 
