@@ -17,7 +17,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import bathyscope
-from bathyscope.cli._capitals import Statement, paired_statements
+from bathyscope.datasets import Statement, capitals
 from bathyscope.errors import BathyscopeError, ConnectionFailed, SetupError
 
 PATIENCE = 1800.0
@@ -68,7 +68,7 @@ def run(main: Callable[[], None]) -> None:
 def statements(pairs: int | None = None) -> tuple[list[Statement], list[Statement]]:
     """Statements about capital cities, half of them false: those to train on, and those to probe with (`pairs` pairs of
     countries). No country is in both, so a probe does not read what the training has learned by heart."""
-    found = paired_statements()
+    found = capitals()
     groups = list(dict.fromkeys(statement.group for statement in found))
     probed = set(groups[1::2][:pairs])
     trained = set(groups[::2])

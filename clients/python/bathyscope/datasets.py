@@ -1,4 +1,4 @@
-"""Questions to ask a model, made here: no download, the same for the same seed.
+"""Statements and questions to ask a model, made here: no download, the same for the same seed.
 
 ```python
 questions = bathyscope.datasets.arithmetic(400, difficulty=2)
@@ -12,7 +12,10 @@ from __future__ import annotations
 import random
 from typing import TypedDict
 
+from bathyscope._capitals import Statement, capitals
 from bathyscope.errors import InvalidRequest
+
+__all__ = ["Question", "Statement", "arithmetic", "capitals"]
 
 CHOICES = 4
 

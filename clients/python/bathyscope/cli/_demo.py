@@ -18,8 +18,8 @@ from typing import Annotated
 import typer
 
 import bathyscope
-from bathyscope.cli._capitals import Statement, paired_statements
 from bathyscope.cli._options import ApiKey, Config, DataDir, needs, settings_of
+from bathyscope.datasets import Statement, capitals
 from bathyscope.errors import ModelUnknown, SetupError
 
 MODEL = "smollm2"
@@ -42,7 +42,7 @@ def demo(
     """Find the layer at which a small language model tells true statements from false ones."""
     with needs("demo"):
         from bathyscope.cli import _demo_report as report
-    statements = paired_statements()
+    statements = capitals()
     output.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
     with ExitStack() as stack:

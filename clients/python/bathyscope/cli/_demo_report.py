@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bathyscope import Probe, types
-from bathyscope.cli._capitals import Statement
+from bathyscope.datasets import Statement
 
 _BLUE, _ORANGE, _GREY = "#0072b2", "#d55e00", "#666666"  # Okabe and Ito: told apart with colour-blind eyes too
 

