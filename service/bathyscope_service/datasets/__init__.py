@@ -1,0 +1,1 @@
+"""`/v1/datasets`: rows that are uploaded once and named in requests."""
