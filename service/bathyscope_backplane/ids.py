@@ -16,8 +16,9 @@ KIND_PREFIX: dict[str, Prefix] = {
     "prediction": "prd",
     "comparison": "cmp",
     "experiment": "exp",
+    "dataset": "ds",
 }
-"""The id prefix of what each kind of job makes."""
+"""The id prefix of what each kind of job makes, and of datasets, which are uploaded."""
 
 _ID = re.compile(r"(job|ad|ext|prb|prd|cmp|exp|ds|key)_[0-9a-hjkmnp-tv-z]{26}")
 

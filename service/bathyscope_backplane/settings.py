@@ -30,6 +30,9 @@ class Limits(_Group):
     max_archive_bytes: int = Field(default=8 * 2**30, ge=1024)
     """Largest archive of an adapter that is uploaded."""
 
+    max_dataset_bytes: int = Field(default=512 * 2**20, ge=1024)
+    """Largest file of rows that is uploaded, and most characters of its rows in all."""
+
     upload_seconds: float = Field(default=3600.0, gt=0)
     """How long an upload may take to arrive; one that brings nothing for `stall_seconds` is ended sooner."""
 

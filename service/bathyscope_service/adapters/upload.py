@@ -41,6 +41,7 @@ from bathyscope_backplane.settings import Limits
 from bathyscope_service.context import Places
 
 FILE = "file"
+ARCHIVE = "archive (tar, tar.gz or zip)"
 FIELDS = ("base_model", "name", "metadata", "priority", "webhook")
 """The parts of the body; all but the file are short texts."""
 
@@ -67,16 +68,16 @@ class Upload:
 
     fields: dict[str, str]
 
-    def content(self) -> dict[str, Any]:
-        """The fields as a JSON body would have them. Raises `InvalidRequest`."""
+    def content(self, *json_fields: str) -> dict[str, Any]:
+        """The fields as a JSON body would have them, `json_fields` read. Raises `InvalidRequest`."""
         found: dict[str, Any] = dict(self.fields)
-        if "metadata" in found:
+        for name in (name for name in json_fields or ("metadata",) if name in found):
             try:
-                found["metadata"] = json.loads(found["metadata"], parse_constant=_refuse_constant)
+                found[name] = json.loads(found[name], parse_constant=_refuse_constant)
             except (ValueError, RecursionError):
                 raise InvalidRequest(
                     "A field of the request is not valid.",
-                    errors=[FieldError(pointer="/metadata", detail="a JSON object as a text")],
+                    errors=[FieldError(pointer=f"/{name}", detail="a JSON object as a text")],
                 ) from None
         return found
 
@@ -96,6 +97,8 @@ class _Parts:
 
     file: IO[bytes]
     limit: int
+    names: tuple[str, ...] = FIELDS
+    what: str = ARCHIVE
     size: int = 0
     digest: Any = field(default_factory=hashlib.sha256)
     fields: dict[str, bytearray] = field(default_factory=dict)
@@ -142,7 +145,7 @@ class _Parts:
         self._name = name.decode()
         if self._name == "source":
             raise _invalid("/source", "an archive is uploaded here; send either a file or a source")
-        if self._name not in (FILE, *FIELDS):
+        if self._name not in (FILE, *self.names):
             raise _invalid(f"/{self._name}", "this field is not known")
         if self._name in self.seen:
             raise _invalid(f"/{self._name}", "it comes twice")
@@ -159,7 +162,7 @@ class _Parts:
             return
         self.size += end - start
         if self.size > self.limit:
-            raise _too_large(self.size, self.limit)
+            raise _too_large(self.size, self.limit, self.what)
         piece = memoryview(data)[start:end]
         self.digest.update(piece)
         self.file.write(piece)
@@ -193,16 +196,25 @@ def places_for(places: Places, owner: str) -> Iterator[None]:
         yield
 
 
-async def read_upload(request: Request, limits: Limits, file: IO[bytes], path: Path) -> Upload:
-    """The body of a request, its archive in `file`, which lies at `path`.
+async def read_upload(
+    request: Request,
+    limits: Limits,
+    file: IO[bytes],
+    path: Path,
+    *,
+    names: tuple[str, ...] = FIELDS,
+    most: int | None = None,
+    what: str = ARCHIVE,
+) -> Upload:
+    """The body of a request, its file in `file`, which lies at `path`: `what` it is, of `most` bytes, and fields `names`.
 
     Raises 400, 408, 413, 415, 422 and 503 problems.
     """
-    boundary = boundary_of(request)
+    boundary, most = boundary_of(request), limits.max_archive_bytes if most is None else most
     declared = request.headers.get("content-length", "")
-    if declared.isdigit() and int(declared[:20]) > limits.max_archive_bytes + _FRAME_BYTES:
-        raise _too_large(int(declared[:20]), limits.max_archive_bytes)
-    parts, arrived = _Parts(file, limits.max_archive_bytes), 0
+    if declared.isdigit() and int(declared[:20]) > most + _FRAME_BYTES:
+        raise _too_large(int(declared[:20]), most, what)
+    parts, arrived = _Parts(file, most, names, what), 0
     try:
         parser = MultipartParser(boundary, parts.callbacks())  # type: ignore[arg-type]
         async with asyncio.timeout(limits.upload_seconds) as deadline:
@@ -220,8 +232,8 @@ async def read_upload(request: Request, limits: Limits, file: IO[bytes], path: P
                 if chunk is None:
                     break
                 arrived += len(chunk)
-                if arrived > limits.max_archive_bytes + _FRAME_BYTES:  # with what comes after the last part
-                    raise _too_large(arrived, limits.max_archive_bytes)
+                if arrived > most + _FRAME_BYTES:  # with what comes after the last part
+                    raise _too_large(arrived, most, what)
                 if not parts.ended:
                     await asyncio.to_thread(parser.write, chunk)
     except TimeoutError:
@@ -237,7 +249,7 @@ async def read_upload(request: Request, limits: Limits, file: IO[bytes], path: P
     if not parts.ended:
         raise MalformedBody("The body ends before its last part does.")
     if FILE not in parts.seen or not parts.size:
-        raise _invalid("/file", "the archive (tar, tar.gz or zip); it is missing, or empty")
+        raise _invalid("/file", f"the {what}; it is missing, or empty")
     fields: dict[str, str] = {}
     for name, content in parts.fields.items():
         try:
@@ -287,9 +299,9 @@ def _of_the_disk(error: OSError) -> OutOfSpace:
     return OutOfSpace("The service's disk has no room for this archive; try again later.", retry_after=60)
 
 
-def _too_large(size: int, limit: int) -> TooLarge:
+def _too_large(size: int, limit: int, what: str) -> TooLarge:
     return TooLarge(
-        f"The archive has {size:,} bytes or more and the limit is {limit:,}; pack only the adapter's own files.",
+        f"The {what} has {size:,} bytes or more and the limit is {limit:,}; send only what is needed.",
         estimate=size,
         limit=limit,
     )
