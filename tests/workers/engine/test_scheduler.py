@@ -21,7 +21,7 @@ class Resident:
 class Work:
     """What the scheduler reads of an extraction."""
 
-    answering = False
+    answering = branching = False
 
     def __init__(
         self,

@@ -25,7 +25,7 @@ from bathyscope_workers.engine.problems import DeviceFault, problem_of
 from bathyscope_workers.engine.protocol import RunJob
 from bathyscope_workers.engine.residents import Residents
 from bathyscope_workers.engine.scheduler import Active, Row, Scheduler
-from bathyscope_workers.extraction.batch import run_batch
+from bathyscope_workers.extraction.batch import run_batch, tokens_of
 from bathyscope_workers.extraction.extraction import Extraction
 from bathyscope_workers.extraction.spec import ExtractionSpec
 from bathyscope_workers.extraction.template import ChatRenderer
@@ -189,6 +189,8 @@ class ModelEngine:
                 max_result_bytes=job.extra.get("max_result_bytes"),
                 variants=[one and one["digest"] for one in job.extra.get("variants") or [None]],
                 paired=bool(job.spec.get("paired")),
+                owner=job.owner,
+                solo=job.solo,
             )
         except LoadFault as fault:
             self.residents.load_failed(job.resident if isinstance(job.resident, str) else spec.key, fault)
@@ -283,7 +285,7 @@ class ModelEngine:
         actives = list(dict.fromkeys(one.active for one in rows))
         started, began = time.monotonic(), time.time()
         try:
-            run_batch([(active.running, [one.row for one in rows if one.active is active]) for active in actives])
+            padded = run_batch(_shares(rows, actives), budget=self.scheduler.budget(actives[0].running.resident))
         except Exception as error:
             if is_device_fault(error):
                 raise DeviceFault(str(error)) from error
@@ -293,7 +295,7 @@ class ModelEngine:
             for active in actives:
                 active.timings["inference"] += seconds
                 active.stages.note("forward", began, began + seconds)
-            self._count(rows, seconds)
+            self._count(rows, padded, seconds)
             return
         # Outside of the handler: the exception's frames hold the failed batch's tensors.
         if split:
@@ -301,12 +303,11 @@ class ModelEngine:
             for part in split:
                 self._forward(part)
 
-    def _count(self, rows: list[Row], seconds: float) -> None:
-        lengths = [one.active.running.row_ids(one.row).size for one in rows]
+    def _count(self, rows: list[Row], padded: int, seconds: float) -> None:
+        # Of texts that begin alike fewer went through the model than they have.
+        tokens = min(padded, sum(one.active.running.row_ids(one.row).size for one in rows))
         resident = rows[0].active.running.resident
-        self._batches.add(
-            resident.key, rows=len(rows), tokens=sum(lengths), padded=len(rows) * max(lengths), seconds=seconds
-        )
+        self._batches.add(resident.key, rows=len(rows), tokens=tokens, padded=padded, seconds=seconds)
 
     def _split(self, rows: list[Row], actives: list[Active], error: Exception) -> list[list[Row]]:
         """What to try after a failure; nothing when the one job to blame was failed."""
@@ -316,9 +317,14 @@ class ModelEngine:
             for active in actives:
                 _log.warning("batch.out_of_memory", **active.job.names, rows=len(rows), tokens=widest)
             if len(rows) > 1:
-                resident.token_budget = max(1, len(rows) * widest // 2)
+                tokens = tokens_of(_shares(rows, actives)) // 2
+                resident.token_budget = max(1, min(tokens, self.scheduler.budget(resident)))
                 half = len(rows) // 2
                 return [rows[:half], rows[half:]]
+            # Without what is kept of beginnings, and without keeping any, it is tried once more.
+            if resident.kept.clear() or actives[0].running.ahead(rows[0].row):
+                actives[0].running.keep_nothing()
+                return [rows]
             text = f"a text of {widest} tokens does not fit into memory by itself; send shorter ones or set max_length"
             self._fail(actives[0], errors.OutOfMemory(text, tokens=widest))
         elif isinstance(error, RowsNotApart):
@@ -386,6 +392,10 @@ class ModelEngine:
 
     def _forget(self, active: Active) -> None:
         self._jobs.pop(active.job.id, None)
+        if active.extraction is not None:
+            resident = active.extraction.resident
+            running = [one for one in self._jobs.values() if one.extraction is not None]
+            resident.kept.only({one.job.owner for one in running if one.running.resident is resident})
         self.residents.unload_idle()
 
     def _drop_all(self) -> None:
@@ -413,6 +423,10 @@ class ModelEngine:
             self._channel.send(
                 {"ev": "progress", "id": active.job.id, "stage": stage, "done": done, "total": total, "unit": "inputs"}
             )
+
+
+def _shares(rows: list[Row], actives: list[Active]) -> list[tuple[Extraction, list[int]]]:
+    return [(active.running, [one.row for one in rows if one.active is active]) for active in actives]
 
 
 def _rounded(timings: dict[str, float]) -> dict[str, float]:

@@ -23,7 +23,8 @@ from bathyscope_workers.extraction.change import VariantChanges
 from bathyscope_workers.extraction.choices import Questions
 from bathyscope_workers.extraction.generation import Generation
 from bathyscope_workers.extraction.inputs import chunks, count_lines
-from bathyscope_workers.extraction.plan import Pending, Queue
+from bathyscope_workers.extraction.plan import Branches, Pending, Queue
+from bathyscope_workers.extraction.prefixes import find
 from bathyscope_workers.extraction.scratch import ScratchFile
 from bathyscope_workers.extraction.spec import ExtractionSpec
 from bathyscope_workers.extraction.template import ChatRenderer
@@ -85,10 +86,13 @@ class Extraction:
         max_result_bytes: int | None = None,
         variants: Sequence[str | None] = (None,),
         paired: bool = False,
+        owner: str = "",
+        solo: bool = False,
     ) -> None:
         """`variants` are digests of adapters, which are attached and stay so until the end, None being the base.
 
-        With `paired` the result has an axis of variants, also for a single one; several are always paired.
+        With `paired` the result has an axis of variants, also for a single one; several are always paired. Texts
+        that begin alike share their beginning with those of the same `owner`, and with none when `solo`.
         """
         self.spec = spec
         self.variants = tuple(variants)
@@ -100,6 +104,9 @@ class Extraction:
         self.top = resident.facts.num_layers if spec.score_choices else max(self.layers)
         self.torch_dtype = _TORCH_DTYPES[spec.dtype]
         self.style = resident.style if spec.batch_invariant else resident.batched_style
+        self.owner = owner
+        self.branching = resident.branching and self.style == resident.style and not solo and self.top > 0
+        """Whether rows that begin alike run as a tree."""
         self.total_inputs = len(inputs) if inputs is not None else count_lines(inputs_path)
         if self.total_inputs == 0:
             raise errors.InvalidRequest(
@@ -171,10 +178,24 @@ class Extraction:
             if self.questions.open:
                 self.generation = Generation(self)
         self._lay_out()
-        self.queues = [
-            Queue(adapter, number * self.sequences, Pending(lengths)) for number, adapter in enumerate(self.variants)
-        ]
+        self._plan(lengths)
         return True
+
+    def _plan(self, lengths: NDArray[np.int64]) -> None:
+        """Queue every row: those that begin alike apart from those that batches take by their length."""
+        self._ahead: NDArray[np.int64] | None = None
+        order, apart = np.arange(0), np.arange(self.sequences)
+        if self.branching:
+            found = find(self._sequence_ids, self._sequence_starts)
+            order, apart = found.order, found.apart
+        for number, adapter in enumerate(self.variants):
+            first = number * self.sequences
+            if len(order):
+                if self._ahead is None:
+                    self._ahead = np.zeros(self.total_rows, dtype=np.int64)
+                self._ahead[first + order[:-1]] = found.shared[1:]
+                self.queues.append(Queue(adapter, first, Branches(order, lengths[order], found.shared)))
+            self.queues.append(Queue(adapter, first, Pending(lengths[apart], apart)))
 
     @property
     def total_rows(self) -> int:
@@ -198,6 +219,30 @@ class Extraction:
         """Token ids of a row."""
         number = row % self.sequences
         return self._sequence_ids[self._sequence_starts[number] : self._sequence_starts[number + 1]]
+
+    def ahead(self, row: int) -> int:
+        """Tokens that a row has in common with the next one of its queue; 0 for one that is queued by length."""
+        return 0 if self._ahead is None else int(self._ahead[row])
+
+    def keep_nothing(self) -> None:
+        """From now on no batch keeps a beginning for the next: memory does not allow it."""
+        self._ahead = None
+
+    @property
+    def reads_beginnings(self) -> bool:
+        """Whether states of other tokens than the last are asked for."""
+        return self.spec.pooling != "last" or self.spec.positions is not None
+
+    def first_wanted(self, row: int, *, pooled: bool) -> int:
+        """The first token of a row that its pass must compute: one that is scored, or (with `pooled`) pooled."""
+        wanted = int(self._sequence_starts[row % self.sequences + 1] - self._sequence_starts[row % self.sequences])
+        if self.questions is not None:
+            positions = self.questions.targets(row % self.sequences)[1]
+            wanted = int(positions.min(initial=wanted))
+        number = self.carried(row)
+        if pooled and number is not None:
+            wanted = int(self.kept_tokens(number).min(initial=wanted))
+        return wanted
 
     def carried(self, row: int) -> int | None:
         """The input whose states come from a row, if any do."""

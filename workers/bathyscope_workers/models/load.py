@@ -14,6 +14,7 @@ from bathyscope import errors
 from bathyscope_workers.models import selftest
 from bathyscope_workers.models.device import Device, fraction_quantized, is_device_fault, is_out_of_memory, weight_bytes
 from bathyscope_workers.models.forward import Forward, Style, styles
+from bathyscope_workers.models.past import may_branch
 from bathyscope_workers.models.resident import Resident, ResidentFacts
 from bathyscope_workers.models.source import LoadFault, Source, failed, locate, weight_sizes
 from bathyscope_workers.models.spec import ModelSpec
@@ -224,6 +225,7 @@ def _resident(
         # LLM.int8 picks its outlier columns over the whole batch.
         style = Style(style.capture, mask=style.mask, alone=True)
         test.comparison = selftest.compare(selftest.run(forward, rows, style), expected)
+    branching = test.passed and _branches(spec, model, forward, rows, style, tick)
     if spec.quantization == "none":
         _references(spec, source, rows).save(selftest.last_tokens(expected))
     elif against is not None:
@@ -257,6 +259,7 @@ def _resident(
         batched_style=batched_style,
         self_test=test,
         facts=facts,
+        branching=branching,
     )
     facts.has_chat_template = resident.chat_template is not None
     return resident
@@ -283,6 +286,30 @@ def _choose_style(
     if chosen is None:
         raise failed(spec, "none of the ways to read its hidden states works on this architecture")
     return chosen[0], selftest.SelfTest(len(rows), chosen[1], passed=False)
+
+
+def _branches(spec: ModelSpec, model: Any, forward: Forward, rows: list[Any], style: Style, tick: Tick) -> bool:
+    """Whether texts that begin alike have the states they have alone when they run as a tree."""
+    if not forward.causal or style.alone or style.capture != "hooks" or not may_branch(model.config):
+        return False
+    texts, trunk = selftest.branches(rows)
+    if not trunk:
+        return False
+    expected = selftest.reference(model, texts, forward.device, tick)
+    tick()
+    try:
+        together, apart = selftest.run_branches(forward, texts, trunk)
+    except Exception as error:  # an architecture that takes no positions, masks or caches of this kind
+        if is_device_fault(error) or is_out_of_memory(error):
+            raise
+        log.info("%s: no beginnings are shared: %s", spec.key, error)
+        return False
+    for found, wanted in ((together, expected), (apart, [one[trunk:] for one in expected])):
+        comparison = selftest.compare(found, wanted)
+        if not selftest.passes(comparison, compute_dtype=spec.compute_dtype, quantized=spec.quantization != "none"):
+            log.info("%s: no beginnings are shared: error %.3g", spec.key, comparison.max_relative_error)
+            return False
+    return True
 
 
 def _unquantized_states(
