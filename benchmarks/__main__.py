@@ -15,7 +15,7 @@ from benchmarks import machine, report
 from benchmarks.bench import Bench
 from benchmarks.measure import ForeignLoad
 from benchmarks.report import Row
-from benchmarks.rows import adapters, memory, mixed, one_text, probes
+from benchmarks.rows import adapters, memory, mixed, one_text, probes, shards
 from benchmarks.stack import running
 
 ROWS: dict[str, Callable[[Bench], Row]] = {
@@ -26,6 +26,8 @@ ROWS: dict[str, Callable[[Bench], Row]] = {
     "adapters": adapters.traffic,
     "attach": adapters.attach,
     "probes": probes.logistic,
+    "shards": shards.two_workers,
+    "small-beside-large": shards.small_beside_large,
 }
 _BFLOAT16_ONLY = {"mixed-bfloat16"}
 

@@ -135,6 +135,15 @@ class JobSettings(_Group):
     aging_seconds: float = Field(default=60.0, gt=0)
     """Waiting this long raises a job by one priority."""
 
+    shard_inputs: int = Field(default=5_000, ge=1)
+    """An extraction of more than twice as many inputs is split into shards of about so many, which workers share."""
+
+    shard_bytes: int = Field(default=8 * 2**20, ge=1)
+    """The same by the bytes of the inputs, as JSON."""
+
+    max_shards: int = Field(default=64, ge=1, le=1024)
+    """Most shards of one extraction; with 1 none is split."""
+
     orphan_hours: float = Field(default=24.0, ge=1)
     """Blobs that no manifest names, and inputs of no job, are removed from the store at this age. Longer than any
     upload takes, and than a worker waits with a finished result."""

@@ -164,7 +164,7 @@ class NoopEngine:
     def _extract(self, job: RunJob, facts: dict[str, Any]) -> dict[str, Any]:
         spec = ExtractionSpec.from_wire(job.spec)
         layers = spec.resolve_layers(facts["num_layers"])
-        rows = [_tokens(number, item, spec, facts) for number, item in enumerate(_inputs(job))]
+        rows = [_tokens(number, item, spec, facts) for number, item in enumerate(_inputs(job), start=job.extra.get("first_input", 0))]
         if spec.pooling == "none":
             rows = [_kept(number, row, spec) for number, row in enumerate(rows)]
         offsets = np.cumsum([0, *map(len, rows)], dtype="<i8")
@@ -203,7 +203,11 @@ class NoopEngine:
             "tokens": {"total": total, "computed": total, "kept": total},
             "provenance": provenance,
             "relative_change": [[float(number)] * len(layers) for number in range(len(variants))],
-            "choices": results.choices(job.scratch, _inputs(job), len(variants)) if spec.score_choices else None,
+            "change": [
+                {"sums": [float(number * len(means))] * len(layers), "counts": [len(means)] * len(layers)}
+                for number in range(1, len(variants))
+            ],
+            "choices": results.choices(job, _inputs(job), len(variants)) if spec.score_choices else None,
         }
 
 

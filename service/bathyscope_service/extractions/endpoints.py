@@ -106,6 +106,7 @@ async def extraction_work(context: Context, caller: ApiKey, body: ExtractionRequ
         resource_id=new_id("ext"),
         priority=body.priority,
         inputs=len(inputs) * many,
+        rows_each=many,
         bytes=estimate,
         webhook=webhook,
     )

@@ -189,6 +189,7 @@ class ModelEngine:
                 max_result_bytes=job.extra.get("max_result_bytes"),
                 variants=[one and one["digest"] for one in job.extra.get("variants") or [None]],
                 paired=bool(job.spec.get("paired")),
+                first_input=job.extra.get("first_input", 0),
                 owner=job.owner,
                 solo=job.solo,
             )

@@ -63,6 +63,8 @@ class ExtractionResult:
     relative_change: list[list[float | None]] | None
     """Of a paired one: for each variant one number a layer, in the order asked for: the mean over vectors of the norm
     of the difference from the first variant over the norm of that; None where no vector has such a number."""
+    change: list[dict[str, list[float]]] | None = None
+    """What `relative_change` is made of: for each variant but the first `{"sums", "counts"}`, a number a layer."""
     choices: dict[str, Any] | None = None
     """What `Questions.write` gives, of one whose choices were scored."""
 
@@ -86,13 +88,15 @@ class Extraction:
         max_result_bytes: int | None = None,
         variants: Sequence[str | None] = (None,),
         paired: bool = False,
+        first_input: int = 0,
         owner: str = "",
         solo: bool = False,
     ) -> None:
         """`variants` are digests of adapters, which are attached and stay so until the end, None being the base.
 
         With `paired` the result has an axis of variants, also for a single one; several are always paired. Texts
-        that begin alike share their beginning with those of the same `owner`, and with none when `solo`.
+        that begin alike share their beginning with those of the same `owner`, and with none when `solo`. The inputs are
+        those of the request from `first_input` on.
         """
         self.spec = spec
         self.variants = tuple(variants)
@@ -121,7 +125,7 @@ class Extraction:
         self._changes: VariantChanges | None = None
         self.sequences = 0
         """Rows of one variant."""
-        self._reader = InputReader(resident, spec, renderer)
+        self._reader = InputReader(resident, spec, renderer, first_input=first_input)
         self.questions: Questions | None = None
         """What is asked about the inputs."""
         self.generation: Generation | None = None
@@ -383,6 +387,7 @@ class Extraction:
             },
             provenance=self.provenance(),
             relative_change=None if changes is None else changes.relative_change(),
+            change=None if changes is None else changes.to_wire(),
             choices=choices,
         )
 

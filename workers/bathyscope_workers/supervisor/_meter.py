@@ -18,6 +18,7 @@ from prometheus_client import Counter, Gauge, Histogram
 from prometheus_client.registry import CollectorRegistry
 from structlog.contextvars import bound_contextvars
 
+from bathyscope_backplane.broker import base_lane
 from bathyscope_backplane.meters import LONG_SECONDS, OTHERS, disk_bytes, dump, folders, meter_store
 from bathyscope_backplane.plane import Backplane
 from bathyscope_backplane.tracing import Span
@@ -90,7 +91,7 @@ class Meter:
         tracing = self._plane.tracing
         if lease.trace is not None:
             queued = tracing.span("queue", parent=lease.trace, start=lease.enqueued_at / 1000, **names)
-            queued.end(start)
+            queued.end(max(start, lease.enqueued_at / 1000))  # a split job began before it was ready to be joined
         if lease.attempt == 1 and not lease.solo:
             self._queue.labels(lease.kind).observe(max(0.0, start - lease.created_at / 1000))
         attempt.span = tracing.span(
@@ -150,7 +151,7 @@ class Meter:
     def samples(self, slots: Iterable[Slot]) -> list[Any]:
         """All numbers, for the heartbeat."""
         self._running.clear()
-        running = Count(attempt.lease.lane for slot in slots for attempt in slot.attempts.values())
+        running = Count(base_lane(attempt.lease.lane) for slot in slots for attempt in slot.attempts.values())
         for lane, count in running.items():
             self._running.labels(lane).set(count)
         for slot in slots:
