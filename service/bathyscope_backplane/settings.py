@@ -187,6 +187,21 @@ class WorkerSettings(_Group):
     """Jobs of one model that a worker holds at a time."""
 
 
+class CacheSettings(_Group):
+    """Rows of hidden states that a worker keeps on its disk, so that the same request is not computed again."""
+
+    max_bytes: int | None = Field(default=None, ge=0)
+    """Bound of the rows of a machine; those used longest ago go first. By default 4 GiB, and no more than an eighth of
+    what its disk has free. With 0 none are kept; less than 1 MiB is the same."""
+
+    dir: Path | None = None
+    """Folder of the rows; by default `cache` in the data folder. Better a disk of the machine's own."""
+
+    shared: bool = False
+    """Whether rows that one API key had computed serve another, who can then tell by the time an answer takes, and by
+    its count of hits, that somebody has asked for the same."""
+
+
 class AdapterSettings(_Group):
     """Where adapters may come from, and how they are fetched."""
 
@@ -336,6 +351,7 @@ class Settings(BaseSettings):
     limits: Limits = Field(default_factory=Limits)
     jobs: JobSettings = Field(default_factory=JobSettings)
     worker: WorkerSettings = Field(default_factory=WorkerSettings)
+    cache: CacheSettings = Field(default_factory=CacheSettings)
     adapters: AdapterSettings = Field(default_factory=AdapterSettings)
     webhooks: WebhookSettings = Field(default_factory=WebhookSettings)
     tracing: TracingSettings = Field(default_factory=TracingSettings)

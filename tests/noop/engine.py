@@ -202,6 +202,7 @@ class NoopEngine:
             "inputs": len(rows),
             "tokens": {"total": total, "computed": total, "kept": total},
             "provenance": provenance,
+            "cache": {"hits": 0, "duplicates": 0},
             "relative_change": [[float(number)] * len(layers) for number in range(len(variants))],
             "change": [
                 {"sums": [float(number * len(means))] * len(layers), "counts": [len(means)] * len(layers)}

@@ -26,6 +26,7 @@ from bathyscope_workers.engine.protocol import RunJob
 from bathyscope_workers.engine.residents import Residents
 from bathyscope_workers.engine.scheduler import Active, Row, Scheduler
 from bathyscope_workers.extraction.batch import run_batch, tokens_of
+from bathyscope_workers.extraction.cache import CacheOptions, RowCache
 from bathyscope_workers.extraction.extraction import Extraction
 from bathyscope_workers.extraction.spec import ExtractionSpec
 from bathyscope_workers.extraction.template import ChatRenderer
@@ -57,6 +58,8 @@ class ModelEngineSettings:
     force_cpu: bool = False
     template_seconds: float = 5.0
     """Deadline of rendering one chat template."""
+    cache: CacheOptions | None = None
+    """Where rows are kept for the next request; without it none are."""
 
 
 class ModelEngine:
@@ -74,6 +77,7 @@ class ModelEngine:
         self._finishers = handlers.FINISHERS if finishers is None else finishers
         self.device = Device.pick(limit_bytes=settings.memory_bytes, force_cpu=settings.force_cpu)
         self.renderer = ChatRenderer(seconds=settings.template_seconds)
+        self.cache = None if settings.cache is None else RowCache(settings.cache)
         self.residents = Residents(
             self.device,
             self.renderer,
@@ -113,16 +117,22 @@ class ModelEngine:
                 if self._jobs and not self._stopping:
                     self._start_jobs()
                     self._tokenise()
+                    self._complete()
                     self._run_batch()
         finally:
             self._drop_all()
             self.renderer.close()
+            if self.cache is not None:
+                self.cache.close()
 
     def _take_commands(self) -> None:
+        untidy = self.cache is not None and self.cache.tidy()
         if not self._jobs:
             self._announce([])
+            if self.cache is not None and self.cache.untold:
+                self._beat()
         while not self._stopping:
-            command = self._channel.get(block=not self._jobs)
+            command = self._channel.get(block=not self._jobs and not untidy)
             if command is None:
                 self._stopping = self._channel.closed
                 return
@@ -192,6 +202,7 @@ class ModelEngine:
                 first_input=job.extra.get("first_input", 0),
                 owner=job.owner,
                 solo=job.solo,
+                cache=self.cache,
             )
         except LoadFault as fault:
             self.residents.load_failed(job.resident if isinstance(job.resident, str) else spec.key, fault)
@@ -258,10 +269,23 @@ class ModelEngine:
             if not self._is_active(active):
                 continue
             extraction = active.running
-            if extraction.done_rows == extraction.total_rows and not extraction.answering:
+            if not extraction.complete:
+                self._progress(active, "forward", extraction.done_rows, extraction.total_rows)
+        self._complete()
+
+    def _complete(self) -> None:
+        """Go on with jobs that have nothing left to compute; one whose rows were all there waits for no batch."""
+        for active in [one for one in self._jobs.values() if one.tokenised and one.running.complete]:
+            self._announce([active.job.id])
+            try:
+                filled = active.running.fill_step()
+            except Exception as error:
+                self._fail(active, error)
+                continue
+            if filled:
                 self._finish(active)
             else:
-                self._progress(active, "forward", extraction.done_rows, extraction.total_rows)
+                self._beat()
 
     def _answer(self, active: Active) -> None:
         """Go on with a job's answers in words for a moment."""
@@ -293,7 +317,10 @@ class ModelEngine:
             split = self._split(rows, actives, error)
         else:
             seconds = time.monotonic() - started
+            if self.cache is not None:
+                self.cache.earn(seconds)
             for active in actives:
+                active.running.computed([one.row for one in rows if one.active is active])
                 active.timings["inference"] += seconds
                 active.stages.note("forward", began, began + seconds)
             self._count(rows, padded, seconds)
@@ -409,8 +436,12 @@ class ModelEngine:
     # --- events ---
 
     def _beat(self) -> None:
-        batches = self._batches.take()
-        self._channel.send({"ev": "beat", "batches": batches} if batches else {"ev": "beat"})
+        event: dict[str, Any] = {"ev": "beat"}
+        if batches := self._batches.take():
+            event["batches"] = batches
+        if self.cache is not None and (counts := self.cache.take_counts()):
+            event["cache"] = counts
+        self._channel.send(event)
 
     def _announce(self, ids: list[str]) -> None:
         if set(ids) != set(self._running):

@@ -19,12 +19,14 @@ import torch
 from numpy.typing import NDArray
 
 from bathyscope import errors
+from bathyscope_workers.extraction.cache import RowCache
 from bathyscope_workers.extraction.change import VariantChanges
 from bathyscope_workers.extraction.choices import Questions
 from bathyscope_workers.extraction.generation import Generation
 from bathyscope_workers.extraction.inputs import chunks, count_lines
 from bathyscope_workers.extraction.plan import Branches, Pending, Queue
-from bathyscope_workers.extraction.prefixes import find
+from bathyscope_workers.extraction.prefixes import Shared, find
+from bathyscope_workers.extraction.reuse import Reuse
 from bathyscope_workers.extraction.scratch import ScratchFile
 from bathyscope_workers.extraction.spec import ExtractionSpec
 from bathyscope_workers.extraction.template import ChatRenderer
@@ -63,6 +65,8 @@ class ExtractionResult:
     relative_change: list[list[float | None]] | None
     """Of a paired one: for each variant one number a layer, in the order asked for: the mean over vectors of the norm
     of the difference from the first variant over the norm of that; None where no vector has such a number."""
+    cache: dict[str, int]
+    """Rows (of all variants) that were not computed: `hits` came from the cache, `duplicates` equal another row."""
     change: list[dict[str, list[float]]] | None = None
     """What `relative_change` is made of: for each variant but the first `{"sums", "counts"}`, a number a layer."""
     choices: dict[str, Any] | None = None
@@ -91,6 +95,7 @@ class Extraction:
         first_input: int = 0,
         owner: str = "",
         solo: bool = False,
+        cache: RowCache | None = None,
     ) -> None:
         """`variants` are digests of adapters, which are attached and stay so until the end, None being the base.
 
@@ -128,6 +133,9 @@ class Extraction:
         self._reader = InputReader(resident, spec, renderer, first_input=first_input)
         self.questions: Questions | None = None
         """What is asked about the inputs."""
+        self._cache = cache
+        self._reuse: Reuse | None = None
+        """What need not be computed; null where every row must be."""
         self.generation: Generation | None = None
         """The answers in words that are still to be given."""
         if spec.score_choices:
@@ -148,8 +156,11 @@ class Extraction:
     def tokenise_step(self) -> bool:
         """Tokenise the next inputs; True when all are done and the result file is laid out.
 
-        Raises errors.InvalidInput, errors.InvalidRequest or errors.TooLarge; errors.OutOfSpace when the disk is full.
+        Then look, some rows at a time, for what need not be computed. Raises errors.InvalidInput, errors.InvalidRequest
+        or errors.TooLarge; errors.OutOfSpace when the disk is full.
         """
+        if self._reuse is not None:
+            return self._look()
         chunk = next(self._chunks, None)
         if chunk is not None:
             prepared = self._reader.prepare(self.read_inputs, chunk)
@@ -182,24 +193,44 @@ class Extraction:
             if self.questions.open:
                 self.generation = Generation(self)
         self._lay_out()
+        if self.questions is None and self.style == self.resident.style:
+            self._reuse = Reuse(self, self._cache, self.owner)
+            return self._look()
         self._plan(lengths)
         return True
 
-    def _plan(self, lengths: NDArray[np.int64]) -> None:
-        """Queue every row: those that begin alike apart from those that batches take by their length."""
+    def _look(self) -> bool:
+        assert self._reuse is not None
+        if not self._reuse.look_step():
+            return False
+        self._plan(self._lengths, self._reuse.missing)
+        return True
+
+    def _plan(self, lengths: NDArray[np.int64], missing: Sequence[NDArray[np.int64]] | None = None) -> None:
+        """Queue every row, of each variant those `missing`: those that begin alike apart from those that batches take
+        by their length."""
         self._ahead: NDArray[np.int64] | None = None
-        order, apart = np.arange(0), np.arange(self.sequences)
-        if self.branching:
-            found = find(self._sequence_ids, self._sequence_starts)
-            order, apart = found.order, found.apart
+        before: NDArray[np.int64] | None = None
         for number, adapter in enumerate(self.variants):
             first = number * self.sequences
+            rows = np.arange(self.sequences) if missing is None else missing[number]
+            apart, order = rows, rows[:0]
+            if self.branching and len(rows):
+                if before is None or not np.array_equal(rows, before):
+                    found, before = self._alike(rows, lengths), rows
+                order, apart = rows[found.order], rows[found.apart]
             if len(order):
                 if self._ahead is None:
                     self._ahead = np.zeros(self.total_rows, dtype=np.int64)
                 self._ahead[first + order[:-1]] = found.shared[1:]
                 self.queues.append(Queue(adapter, first, Branches(order, lengths[order], found.shared)))
             self.queues.append(Queue(adapter, first, Pending(lengths[apart], apart)))
+
+    def _alike(self, rows: NDArray[np.int64], lengths: NDArray[np.int64]) -> Shared:
+        """Which of some sequences begin alike, by their place in `rows`."""
+        if len(rows) == self.sequences:
+            return find(self._sequence_ids, self._sequence_starts)
+        return find(np.concatenate([self.row_ids(int(row)) for row in rows]), _running_sums(lengths[rows]))
 
     @property
     def total_rows(self) -> int:
@@ -275,6 +306,24 @@ class Extraction:
         assert number is not None
         targets = self._targets
         return int(variant * targets[-1] + targets[number])
+
+    def vectors(self, number: int) -> int:
+        """How many vectors of the result an input has."""
+        return int(self._targets[number + 1] - self._targets[number])
+
+    @property
+    def complete(self) -> bool:
+        """Whether nothing is left to compute; equal rows may still have to be filled."""
+        return self.done_rows == self.total_rows and not self.answering
+
+    def computed(self, rows: Sequence[int]) -> None:
+        """A batch with these rows is over."""
+        if self._reuse is not None:
+            self._reuse.computed(rows)
+
+    def fill_step(self) -> bool:
+        """Of a complete one: fill some more rows that equal others; True when there are none left."""
+        return self._reuse is None or self._reuse.fill_step()
 
     def compare(self, rows: Sequence[int]) -> None:
         """Note how far these rows, which carry states and are written, are from those of the first variant."""
@@ -368,6 +417,7 @@ class Extraction:
         assert self._file is not None
         file = self._file
         changes, self._changes = self._changes, None
+        reuse, self._reuse = self._reuse, None
         del self.states
         file.close()
         choices = None if self.questions is None else self.questions.write(self._scratch_dir)
@@ -388,13 +438,14 @@ class Extraction:
             provenance=self.provenance(),
             relative_change=None if changes is None else changes.relative_change(),
             change=None if changes is None else changes.to_wire(),
+            cache={"hits": reuse.hits, "duplicates": reuse.duplicates} if reuse else {"hits": 0, "duplicates": 0},
             choices=choices,
         )
 
     def discard(self) -> None:
         """Stop: no more rows, no file."""
         self.queues.clear()
-        self._changes = self.generation = None
+        self._changes = self.generation = self._reuse = None
         if hasattr(self, "states"):
             del self.states
         if self._file is not None:

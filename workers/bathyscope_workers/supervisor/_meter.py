@@ -64,6 +64,9 @@ class Meter:
         self._tokens = counter("forward_tokens", "Tokens of texts that went through a model.", "lane")
         self._padded = counter("forward_padded_tokens", "The same with the padding of their batches.", "lane")
         self._seconds = counter("forward_seconds", "Time of forward passes.", "lane")
+        self._cache_rows = counter("cache_rows", "Rows of requests, by whether they had to be computed.", "outcome")
+        self._cache_evicted = counter("cache_evicted_rows", "Rows that made room for others.")
+        self._cache_bytes = gauge("cache_bytes", "Bytes of the cache of rows that are in use.")
         self._loads = histogram("model_load_seconds", "Time to make a model resident.")
         self._swaps = histogram("model_swap_seconds", "The same where another model was evicted for it.")
         self._load_failures = counter("model_load_failures", "Loads that failed.")
@@ -126,6 +129,11 @@ class Meter:
                     self._tokens.labels(lane).inc(tokens)
                     self._padded.labels(lane).inc(padded)
                     self._seconds.labels(lane).inc(seconds)
+                if (cache := event.get("cache")) is not None:
+                    for outcome, name in (("hit", "hits"), ("duplicate", "duplicates"), ("miss", "misses")):
+                        self._cache_rows.labels(outcome).inc(cache[name])
+                    self._cache_evicted.inc(cache["evicted"])
+                    self._cache_bytes.set(cache["bytes"])
             case "loaded" if "seconds" in event:
                 (self._swaps if event.get("swapped") else self._loads).observe(event["seconds"])
             case "load_failed":
