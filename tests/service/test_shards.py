@@ -9,12 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import httpx2
+import hypothesis.strategies as st
 import numpy as np
 import orjson
 import pytest
 import redis
+from hypothesis import given
 from safetensors.numpy import load
 
+from bathyscope_backplane.settings import JobSettings
+from bathyscope_service.jobs.sharding import split
 from tests.service.test_keys import make_key
 from tests.stack import Stack, stack
 
@@ -89,6 +93,36 @@ def whole_and_pieces(running: Stack, inputs: list[Any], **options: Any) -> tuple
     ]
     assert not any(shards(running, piece["job"]) for piece in pieces)
     return whole, pieces
+
+
+@given(
+    inputs=st.lists(st.text(max_size=40), min_size=1, max_size=60),
+    shard_inputs=st.integers(1, 20),
+    shard_bytes=st.integers(1, 2000),
+    max_shards=st.integers(1, 8),
+)
+def test_shards_are_all_of_it(inputs: list[str], shard_inputs: int, shard_bytes: int, max_shards: int) -> None:
+    settings = JobSettings(shard_inputs=shard_inputs, shard_bytes=shard_bytes, max_shards=max_shards)
+    lines = b"\n".join(orjson.dumps(text) for text in inputs)
+    found = split(lines, len(inputs), 3, settings)
+    small = len(inputs) <= 2 * shard_inputs and len(lines) <= 2 * shard_bytes
+    assert not found if small or max_shards == 1 or len(inputs) == 1 else len(found) <= max_shards
+    if found:
+        parts = [[orjson.loads(line) for line in lines[one.start : one.end].splitlines()] for one in found]
+        assert [text for part in parts for text in part] == inputs
+        assert [len(part) for part in parts] == [one.inputs for one in found]
+        assert [one.first for one in found] == [sum(map(len, parts[:number])) for number in range(len(parts))]
+        assert [one.number for one in found] == list(range(len(found)))
+        assert all(one.inputs and one.rows == 3 * one.inputs for one in found)
+
+
+def test_shards_are_about_equal_in_bytes() -> None:
+    inputs = ["x" * (10 if number < 900 else 1000) for number in range(1000)]
+    lines = b"\n".join(orjson.dumps(text) for text in inputs)
+    found = split(lines, len(inputs), 1, JobSettings(shard_inputs=100))
+    assert len(found) == 10
+    costs = [one.end - one.start + 32 * one.inputs for one in found]
+    assert max(costs) - min(costs) <= 2 * 1035
 
 
 @pytest.mark.parametrize("pooling", ["last", "none"])

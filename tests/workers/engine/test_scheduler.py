@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from bathyscope_workers.engine.protocol import RunJob
-from bathyscope_workers.engine.scheduler import Active, Scheduler
+from bathyscope_workers.engine.scheduler import HEAD_START_SECONDS, Active, Scheduler, next_to_tokenise
 from bathyscope_workers.extraction.plan import Pending, Queue
 from bathyscope_workers.models.forward import Style
 
@@ -164,3 +164,15 @@ def test_a_large_pair_runs_one_variant_after_the_other(resident: Resident) -> No
     while rows := scheduler.next_batch([job]):
         batches.append({row.row // 40 for row in rows})
     assert batches == [{0}] * 4 + [{1}] * 4
+
+
+def test_a_new_job_is_tokenised_before_the_next_thousand_of_a_large_one(resident: Resident) -> None:
+    big, small = active("big", Work([], resident)), active("small", Work([], resident))
+    big.last_served = big.received
+    small.received = big.last_served + HEAD_START_SECONDS / 2  # it came while the large one had its turn
+    assert next_to_tokenise([big, small]) is small
+    # But one after the other of them does not keep the large one from its turn.
+    small.received = big.last_served + 2 * HEAD_START_SECONDS
+    assert next_to_tokenise([big, small]) is big
+    small.last_served = big.last_served + 1
+    assert next_to_tokenise([small, big]) is big

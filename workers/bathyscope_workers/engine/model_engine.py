@@ -24,7 +24,7 @@ from bathyscope_workers.engine.channel import Channel
 from bathyscope_workers.engine.problems import DeviceFault, problem_of
 from bathyscope_workers.engine.protocol import RunJob
 from bathyscope_workers.engine.residents import Residents
-from bathyscope_workers.engine.scheduler import Active, Row, Scheduler
+from bathyscope_workers.engine.scheduler import Active, Row, Scheduler, next_to_tokenise
 from bathyscope_workers.extraction.batch import run_batch, tokens_of
 from bathyscope_workers.extraction.cache import CacheOptions, RowCache
 from bathyscope_workers.extraction.extraction import Extraction
@@ -234,7 +234,7 @@ class ModelEngine:
             waiting = [one for one in self._jobs.values() if one.extraction is not None and not one.tokenised]
             if not waiting:
                 return
-            self._tokenise_step(min(waiting, key=lambda one: one.last_served or one.received))
+            self._tokenise_step(next_to_tokenise(waiting))
 
     def _tokenise_step(self, active: Active) -> None:
         """The next inputs of one job."""

@@ -17,7 +17,7 @@ module and adapter, a batch left half empty costs more. An adapter that does not
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from bathyscope_workers.engine.account import Stages
@@ -28,6 +28,8 @@ from bathyscope_workers.extraction.prefixes import MIN_PART, MIN_SHARED, common_
 from bathyscope_workers.models.resident import Resident
 
 AGING_SECONDS = 10.0
+HEAD_START_SECONDS = 1.0
+"""A job that is not tokenised at all yet counts as if it had waited so much longer."""
 _LOOKED_AT = 64
 """Jobs whose next row is compared with one that fills a batch."""
 _CLASSES = {"high": 0, "normal": 1, "low": 2}
@@ -114,7 +116,7 @@ class Scheduler:
             return self._fill_branches(leader, first, ready, now)
         width, group = first.pending.longest, extraction.group_of(first.adapter)
         rows = [Row(leader, row) for row in first.take(budget)]
-        if len(rows) == 1 and extraction.branching:
+        if budget < 2 * width and extraction.branching:
             rows += self._alike(rows[0], ready, now)
             if len(rows) > 1:
                 return rows
@@ -201,6 +203,12 @@ class Scheduler:
             return False
         low, high = sorted((mine.top, theirs.top))
         return 2 * low >= high
+
+
+def next_to_tokenise(waiting: Sequence[Active]) -> Active:
+    """Whose inputs are tokenised next: in turn, and a new job, mostly a small one, does not wait for a large one's turn
+    that came while it was on its way; but not so that new ones keep that from its turn for ever."""
+    return min(waiting, key=lambda one: one.last_served or one.received - HEAD_START_SECONDS)
 
 
 def _has_rows(active: Active) -> bool:
