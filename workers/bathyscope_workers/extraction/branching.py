@@ -141,8 +141,7 @@ def branch(shares: Sequence[tuple[Extraction, list[int]]]) -> Passes | None:
     if any(one.extraction.ahead(one.row) >= MIN_SHARED for one in rows):
         return passes
     tokens = passes.tokens - max((passes._usable(past, rows) for past in passes._pasts(rows[0])), default=0)
-    padded = len(rows) * max(len(one.ids) for one in rows)
-    return passes if tokens <= (1 - MIN_PART) * padded else None
+    return passes if tokens <= (1 - MIN_PART) * sum(len(one.ids) for one in rows) else None
 
 
 def _covers(past: Past | None, extraction: Extraction) -> bool:
