@@ -8,8 +8,10 @@ BIN := $(VENV)/bin
 demo: $(VENV)/.all
 	$(BIN)/bathyscope demo
 
+# The fault tests are by themselves: they kill and starve processes within seconds. The others mostly wait, so two at a time.
 test: $(VENV)/.test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest tests/faults
+	$(BIN)/python -m pytest -n 2 --dist loadfile --ignore tests/faults
 
 # Kills, hangs and full disks at length: some twenty minutes. BATHYSCOPE_FAULTS_SEED repeats an attack.
 faults: $(VENV)/.test

@@ -15,17 +15,19 @@ from benchmarks import machine, report
 from benchmarks.bench import Bench
 from benchmarks.measure import ForeignLoad
 from benchmarks.report import Row
-from benchmarks.rows import adapters, memory, mixed, one_text, probes, shards
+from benchmarks.rows import adapters, asking, memory, mixed, one_text, prefix, probes, shards
 from benchmarks.stack import running
 
 ROWS: dict[str, Callable[[Bench], Row]] = {
     "mixed-float32": mixed.float32,
     "mixed-bfloat16": mixed.bfloat16,
     "one-text": one_text.run,
+    "ask": asking.run,
     "memory": memory.run,
     "adapters": adapters.traffic,
     "attach": adapters.attach,
     "probes": probes.logistic,
+    "prefix": prefix.run,
     "shards": shards.two_workers,
     "small-beside-large": shards.small_beside_large,
 }

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import math
 import re
 import zlib
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from itertools import islice
 from typing import Any, TypeVar
 
 import orjson
@@ -68,6 +70,7 @@ def parse(model: type[Body], data: bytes, limits: Limits) -> tuple[Body, str]:
     except ValueError as error:
         if "recursion limit" in str(error):
             raise MalformedBody(f"The body is nested more than {MAX_DEPTH} deep.", limit=MAX_DEPTH) from None
+        _refuse_constants(data)
         raise MalformedBody(f"The body is not valid JSON: {error}.") from None
     if isinstance(content, dict):
         nested = content.get("data")
@@ -80,7 +83,7 @@ def parse(model: type[Body], data: bytes, limits: Limits) -> tuple[Body, str]:
         detail = "a whole number has 64 bits at most"
         raise InvalidRequest(
             "A number of the request is too large.",
-            errors=[FieldError(pointer=pointer(_wide(content) or ()), detail=detail)],
+            errors=[FieldError(pointer=pointer(next(_ways(content, _wide), ())), detail=detail)],
         ) from None
     try:
         return model.model_validate(content), digest
@@ -102,19 +105,42 @@ def _refuse_values(data: bytes, limit: int) -> None:
         )
 
 
-def _wide(content: Any) -> list[Any] | None:
-    """The way to a whole number of more than 64 bits."""
-    if isinstance(content, int):
-        return None if -(2**63) <= content < 2**64 else []
+def _refuse_constants(data: bytes) -> None:
+    """Raise `InvalidRequest` for a body that would be JSON but for `NaN`, `Infinity` and `-Infinity`."""
+    try:
+        content = from_json(data)
+    except ValueError:
+        return
+    ways = list(islice(_ways(content, _no_number), _MAX_ERRORS))
+    if ways:
+        detail = "JSON has no NaN and no Infinity: give a number, or leave it out"
+        raise InvalidRequest(
+            "The body holds numbers that JSON does not have.",
+            errors=[FieldError(pointer=pointer(way), detail=detail) for way in ways],
+        )
+
+
+def _no_number(value: Any) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)
+
+
+def _wide(value: Any) -> bool:
+    """Whether it is a whole number of more than 64 bits."""
+    return isinstance(value, int) and not -(2**63) <= value < 2**64
+
+
+def _ways(content: Any, faulty: Callable[[Any], bool]) -> Iterator[tuple[Any, ...]]:
+    """The ways to values that are `faulty`, in the order of the body."""
+    if faulty(content):
+        yield ()
     members: Iterable[tuple[Any, Any]] = ()
     if isinstance(content, dict):
         members = content.items()
     elif isinstance(content, list):
         members = enumerate(content)
     for part, member in members:
-        if (found := _wide(member)) is not None:
-            return [part, *found]
-    return None
+        for way in _ways(member, faulty):
+            yield (part, *way)
 
 
 async def read_bounded(request: Request, limits: Limits, memory: Memory) -> bytes:
@@ -190,13 +216,23 @@ def invalid(model: type[RequestModel], error: ValidationError, content: Any) -> 
 
 def _faults(error: ValidationError, content: Any) -> list[tuple[list[Any], str]]:
     """The way into the body and the words of each fault."""
-    found = []
-    for fault in error.errors(include_url=False, include_input=False)[: 4 * _MAX_ERRORS]:
+    found, words = [], []
+    for fault in error.errors(include_url=False)[: 4 * _MAX_ERRORS]:
         message = fault["msg"].removeprefix("Value error, ")
+        way = _location(fault["loc"], content, missing=fault["type"] == "missing")
         if fault["type"] == "extra_forbidden":
             message = "this field is not known"
-        found.append((_location(fault["loc"], content, missing=fault["type"] == "missing"), message))
-    return found
+        elif fault["input"] is None and way and isinstance(way[-1], int):
+            message = "it is null: give a value, or leave it out"
+        found.append((way, message))
+        if fault["type"] == "literal_error" and isinstance(fault["input"], list):
+            words.append(found[-1])
+    # A list that may also be a word is faulty in its items, and not for being no word.
+    return [one for one in found if one not in words or not any(_below(way, one[0]) for way, _ in found)]
+
+
+def _below(way: Sequence[Any], list_way: Sequence[Any]) -> bool:
+    return len(way) > len(list_way) and list(way[: len(list_way)]) == list(list_way)
 
 
 def _neighbours(

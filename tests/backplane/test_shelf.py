@@ -30,6 +30,7 @@ from bathyscope_backplane.artifacts._resource import BrokenManifest, read_manife
 from bathyscope_backplane.ids import new_id
 
 DIGEST = hashlib.sha256(b"weights").hexdigest()
+BASE = "tiny"
 
 
 @pytest.fixture
@@ -56,21 +57,23 @@ async def brought(store: ArtifactStore, job: str, digest: str = DIGEST) -> Blobs
     return found
 
 
-def adapter(claim: Claim, blobs: Blobs, owner: str = "key_a", name: str | None = None) -> Resource:
-    body = {"id": claim.id, "job": claim.job, "digest": DIGEST, "name": name}
+def adapter(claim: Claim, blobs: Blobs, owner: str = "key_a", name: str | None = None, base: str = BASE) -> Resource:
+    body = {"id": claim.id, "job": claim.job, "digest": DIGEST, "base_model": base, "name": name}
     return Resource(claim.id, "adapter", owner, claim.job, int(time.time() * 1000), None, body, blobs)
 
 
-async def made(catalogue: Catalogue, store: ArtifactStore, owner: str = "key_a", name: str | None = None) -> Resource:
+async def made(
+    catalogue: Catalogue, store: ArtifactStore, owner: str = "key_a", name: str | None = None, base: str = BASE
+) -> Resource:
     """As a worker does it."""
     claim = a_claim()
     own = await brought(store, claim.job)
-    blobs = await catalogue.shelf.claim(claim, owner, DIGEST, name, own)
+    blobs = await catalogue.shelf.claim(claim, owner, DIGEST, base, name, own)
     assert isinstance(blobs, dict)
     if blobs != own:
         for blob in own.values():
             await store.delete(blob.key)
-    return await catalogue.commit(adapter(claim, blobs, owner, name))
+    return await catalogue.commit(adapter(claim, blobs, owner, name, base))
 
 
 async def keys(store: ArtifactStore) -> set[str]:
@@ -100,7 +103,7 @@ async def test_a_share_holds_the_files_before_the_commit(catalogue: Catalogue, s
     assert await catalogue.shelf.hold(DIGEST, waiting) == first.blobs
     await catalogue.delete(first)
     assert len(await keys(store)) == 2
-    assert await catalogue.shelf.release([waiting], "key_b", DIGEST, None, first.blobs["weights"].key)
+    assert await catalogue.shelf.release([waiting], "key_b", DIGEST, BASE, None, first.blobs["weights"].key)
     assert await catalogue.shelf.hold(DIGEST, a_claim()) is None
 
 
@@ -108,16 +111,37 @@ async def test_digest_and_name_are_an_owners_once(catalogue: Catalogue, store: A
     first = await made(catalogue, store, name="n")
     mine, other = Claim(first.id, first.job), a_claim()
     blobs = await brought(store, other.job)
-    assert await catalogue.shelf.claim(other, "key_a", DIGEST, None, blobs) == Taken("digest", mine)
+    assert await catalogue.shelf.claim(other, "key_a", DIGEST, BASE, None, blobs) == Taken("digest", mine)
     elsewhere = hashlib.sha256(b"other").hexdigest()
     named = await brought(store, other.job, elsewhere)
-    assert await catalogue.shelf.claim(other, "key_a", elsewhere, "n", named) == Taken("name", mine)
-    assert await catalogue.shelf.with_digest("key_a", elsewhere) is None  # all or nothing
-    assert await catalogue.shelf.claim(other, "key_a", elsewhere, "n", named, [mine]) == named
+    assert await catalogue.shelf.claim(other, "key_a", elsewhere, BASE, "n", named) == Taken("name", mine)
+    assert await catalogue.shelf.with_digest("key_a", elsewhere, BASE) is None  # all or nothing
+    assert await catalogue.shelf.claim(other, "key_a", elsewhere, BASE, "n", named, [mine]) == named
     assert await catalogue.shelf.with_name("key_a", "n") == other
     await catalogue.delete(first)  # which takes back no claim but its own
     assert await catalogue.shelf.with_name("key_a", "n") == other
-    assert await catalogue.shelf.with_digest("key_a", DIGEST) is None
+    assert await catalogue.shelf.with_digest("key_a", DIGEST, BASE) is None
+
+
+async def test_each_base_has_its_own(catalogue: Catalogue, store: ArtifactStore, redis: Redis) -> None:
+    """What is claimed for one base stands in nobody's way for another, and is not given for it."""
+    shelf = catalogue.shelf
+    first = await made(catalogue, store, base="org/model")
+    assert await shelf.with_digest("key_a", DIGEST, "org/model@b") is None
+    second = await made(catalogue, store, base="org/model@b")
+    assert second.blobs == first.blobs
+    claims = {one.body["base_model"]: Claim(one.id, one.job) for one in (first, second)}
+    for known in ("as it was", "rebuilt"):
+        if known == "rebuilt":
+            await redis.flushdb()
+            await rebuild(store, catalogue)
+        assert {base: await shelf.with_digest("key_a", DIGEST, base) for base in claims} == claims
+    await catalogue.delete(first)
+    assert await shelf.with_digest("key_a", DIGEST, "org/model") is None
+    assert await shelf.with_digest("key_a", DIGEST, "org/model@b") == claims["org/model@b"]
+    assert len(await keys(store)) == 2
+    await catalogue.delete(second)
+    assert await keys(store) == set()
 
 
 async def test_rebuilt_it_is_as_before(catalogue: Catalogue, store: ArtifactStore, redis: Redis) -> None:
@@ -160,7 +184,7 @@ async def test_the_sweep_takes_what_came_to_nothing(catalogue: Catalogue, store:
     kept, lost = await made(catalogue, store), a_claim()
     other = hashlib.sha256(b"other").hexdigest()
     blobs = await brought(store, lost.job, other)
-    await catalogue.shelf.claim(lost, "key_a", other, "n", blobs)
+    await catalogue.shelf.claim(lost, "key_a", other, BASE, "n", blobs)
     open_jobs.add(lost.job)
     assert (await swept()).blobs == 0  # it may go on
     open_jobs.clear()
@@ -235,7 +259,7 @@ async def test_in_a_bucket_it_is_the_same(redis: Redis, bucket: str, tmp_path: P
 
     first = a_claim()
     own = await uploaded(first)
-    assert await catalogue.shelf.claim(first, "key_a", DIGEST, "n", own) == own
+    assert await catalogue.shelf.claim(first, "key_a", DIGEST, BASE, "n", own) == own
     one = await catalogue.commit(adapter(first, own, "key_a", "n"))
     second = await made(catalogue, store, "key_b")
     assert second.blobs == one.blobs == own

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import subprocess
@@ -272,6 +273,32 @@ def test_states_that_do_not_fit_are_refused(kind: str, states: tuple[int, ...], 
     assert caught.value.errors[0]["pointer"] == "/extraction"
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("kind", sorted(KINDS))
+def test_states_that_are_not_finite_are_refused(kind: str, value: float) -> None:
+    """An infinity may leave a finite score behind, so that the states themselves are looked at."""
+    probe = probe_of(kind, calibration="platt", hidden=8)
+    states = np.ones((5, 8), np.float32)
+    states[3, 2] = value
+    offsets = None if probe.reads == "pooled" else [0, 2, 5]
+    for ask in (lambda: probe.predict(states, offsets), lambda: probe.predict_tokens(states)):
+        with pytest.raises(InvalidRequest, match=r"row 3 of the states .*not finite"):
+            ask()
+
+
+def test_scores_beyond_all_numbers_are_refused() -> None:
+    probe = probe_of(hidden=4)
+    huge = dataclasses.replace(probe, tensors={**probe.tensors, "weights": np.full((1, 4), 1e308)})
+    with pytest.raises(InvalidRequest, match="too large"):
+        huge.predict(np.full((1, 4), 10.0))
+
+
+@pytest.mark.parametrize("states", [np.array([["a"] * 4]), np.ones((1, 4), complex), np.ones((1, 4), object)])
+def test_states_that_are_no_numbers_are_refused(states: Any) -> None:
+    with pytest.raises(InvalidRequest, match="numbers"):
+        probe_of(hidden=4).predict(states)
+
+
 def _changed(data: bytes, change: Any) -> bytes:
     length = int.from_bytes(data[:8], "little")
     header = json.loads(data[8 : 8 + length])
@@ -304,7 +331,13 @@ HOSTILE: dict[str, Any] = {
     "a class that is a list": _notes(classes="[[1],2]"),
     "an endless class": _notes(classes=json.dumps(["a" * 10_000, "b"])),
     "a class that is not a number": _notes(classes="[NaN,1]"),
+    "classes that are a text": _notes(classes='"ab"'),
+    "classes that are an object": _notes(classes='{"a":1,"b":2}'),
     "a layer below 0": _notes(layer="-1"),
+    "a layer with an underscore": _notes(layer="1_0"),
+    "a layer with a blank": _notes(layer=" 14"),
+    "a layer in other digits": _notes(layer="\u0663"),
+    "a layer that is longer than it need be": _notes(layer="007"),
     "a layer of many digits": _notes(layer="9" * 5000),
     "no layer": _notes(layer="one"),
     "another task": _notes(task="ranking"),
@@ -312,6 +345,8 @@ HOSTILE: dict[str, Any] = {
     "settings that are a list": _notes(settings="[]"),
     "deep settings": _notes(settings="[" * 100_000),
     "an infinite threshold": _notes(thresholds='{"default":1e999}'),
+    "a threshold that is no probability": _notes(thresholds='{"default":7}'),
+    "a threshold below 0": _notes(thresholds='{"default":-0.1}'),
     "a threshold in words": _notes(thresholds='{"default":"high"}'),
     "a number among the metadata": _notes(layer=3),
     "half precision": _tensor("weights", dtype="F32"),
@@ -402,5 +437,5 @@ def test_no_damage_does_more_than_be_refused(data: st.DataObject) -> None:
         return
     if probe.hidden_size == 3:
         offsets = None if probe.reads == "pooled" else [0, 2]
-        with np.errstate(all="ignore"):
+        with contextlib.suppress(InvalidRequest):  # numbers may have become so large that scores are none
             probe.predict(np.ones((2, 3)), offsets)

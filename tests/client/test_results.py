@@ -241,7 +241,7 @@ def test_the_weights_of_a_probe(client: bathyscope.Client, wire: Any, answers: A
     trained = client.probes.get("prb_1")
     assert trained.save_weights(tmp_path / "probe.safetensors").read_bytes() == content
     assert sorted(trained.weights()) == ["bias", "weight"]
-    assert wire.calls[1:] == ["GET /v1/probes/prb_1/weights"] * 2
+    assert wire.calls[1:] == ["GET /v1/probes/prb_1/weights?format=safetensors", "GET /v1/probes/prb_1/weights"]
 
 
 # A server whose connections break, over real sockets.

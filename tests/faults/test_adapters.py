@@ -329,6 +329,26 @@ def test_failed_at_its_last_step_it_leaves_nothing(gated: Stack, tinker: Standin
     assert claimed(gated) == []
 
 
+def test_who_waits_for_another_job_holds_no_place(gated: Stack, tinker: Standin) -> None:
+    """A job that makes the same as one whose claim stands goes back to the queue, and is taken again later."""
+    packed = archive(700, "tinker")
+    with held(gated, tinker, "claim") as reached:
+        first = submit(gated, tinker, packed, "upload", name="same")
+        reached(first)
+        second = submit(gated, tinker, packed, "upload")
+        deadline = time.monotonic() + 60
+        log = gated.logs / f"{WORKER}.log"
+        while not any("job.postponed" in line and second in line for line in log.read_text().splitlines()):
+            assert time.monotonic() < deadline, gated.client.get(f"/v1/jobs/{second}").text
+            time.sleep(0.05)
+        assert gated.client.get(f"/v1/jobs/{first}").json()["status"] == "running"
+    jobs = [gated.job(job_id) for job_id in (first, second)]
+    assert [job["status"] for job in jobs] == ["succeeded", "succeeded"]
+    assert jobs[0]["resource"] == jobs[1]["resource"]
+    assert jobs[1]["attempt"] == 1  # it was no fault of its own
+    assert len(files(gated)) == 2
+
+
 def test_a_renewal_after_its_end_keeps_nobody_from_clearing_up(gated: Stack, tinker: Standin) -> None:
     """The lease is gone by then, and that looks as if another worker had taken the job."""
     known = {path.name for path in (gated.data_dir / "adapters").glob("[0-9a-f]*")}

@@ -94,7 +94,13 @@ def test_a_result_that_is_none_fails_its_job_only(bad: Stack) -> None:
 def test_a_frozen_cpu_engine_is_found_and_ended(bad: Stack) -> None:
     inputs = [f"{'bright' if k % 2 else 'dark'} water {k}" for k in range(20)]
     states = bad.extract(inputs, model="tiny", layers=[2])
-    fit = {"extraction": states["id"], "labels": [bool(k % 2) for k in range(20)], "C": [1.0], "bootstrap": 0}
+    fit = {
+        "extraction": states["id"],
+        "labels": [bool(k % 2) for k in range(20)],
+        "C": [1.0],
+        "bootstrap": 0,
+        "near_duplicates": None,
+    }
     assert bad.job(bad.post("/v1/probes", fit).json()["id"])["status"] == "succeeded"
     os.kill(pid := engine(bad, "cpu"), signal.SIGSTOP)
     job = bad.job(bad.post("/v1/probes", fit).json()["id"])

@@ -196,7 +196,6 @@ def test_one_load_on_two_hosts_of_which_one_is_cut_off(
         assert installation.client.get("/readyz").json()["workers"] == 1
         cables.mend("far")
         until(lambda: (said_by(server, "far") or {}).get("jobs") == 0, installation)
-        assert "job.lease_lost" in (installation.logs / "far.log").read_text()
 
         resources = {job["resource"].rpartition("/")[2] for job in ended}
         assert len(resources) == JOBS

@@ -1,6 +1,8 @@
 """Adapters that are none: what is uploaded is a JSON object that says how fetching and attaching it shall go.
 
-{"seed": 1, "fetch_seconds": 0, "attach_seconds": 0, "refuse": false, "base": "tiny"}
+{"seed": 1, "fetch_seconds": 0, "attach_seconds": 0, "refuse": false, "base": "tiny", "identity": "org/tiny"}
+
+`identity` is what several bases have in common: the repository of a model that is offered in two revisions.
 """
 
 from __future__ import annotations
@@ -37,14 +39,15 @@ def fetch(job: RunJob, wait: Wait) -> dict[str, Any]:
     base = spec["base_model"] or asked.get("base")
     if base not in [model["name"] for model in job.extra["models"]]:
         raise errors.AdapterBaseMismatch(f"the adapter names the base {base}, which is not offered here")
+    identity = asked.get("identity", base)
     files = {
         "adapter_model.safetensors": f"{text}".encode(),
-        "adapter_config.json": json.dumps({"base": base, **asked}).encode(),
+        "adapter_config.json": json.dumps({"base": identity, **asked}).encode(),
     }
     for name, content in files.items():
         (folder / name).write_bytes(content)
     return {
-        "digest": hashlib.sha256(f"{asked.get('seed')} {base}".encode()).hexdigest(),
+        "digest": hashlib.sha256(f"{asked.get('seed')} {identity}".encode()).hexdigest(),
         "rank": 4,
         "alpha": 32.0,
         "target_modules": ["model.layers.0.self_attn.q_proj"],

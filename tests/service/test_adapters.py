@@ -138,6 +138,23 @@ def test_equal_weights_are_one_adapter(noop: Stack) -> None:
     assert not files(noop)
 
 
+def test_each_base_has_its_own_of_equal_weights(noop: Stack) -> None:
+    """Two revisions of one repository are two bases, of which an adapter has the same files and the same digest."""
+    content = archive("two bases", identity="org/model")
+    made = [added(noop.client, content, base_model=base) for base in ("tiny", "minilm")]
+    assert [adapter["base_model"] for adapter in made] == ["tiny", "minilm"]
+    assert made[0]["digest"] == made[1]["digest"]
+    assert [len(adapter["effect"]["relative_change"]) for adapter in made] == [5, 7]
+    assert len(files(noop)) == 2
+    assert [added(noop.client, content, base_model=base) for base in ("minilm", "tiny")] == made[::-1]
+    noop.client.delete(f"/v1/adapters/{made[0]['id']}")
+    assert noop.client.get(made[1]["links"]["archive"]).status_code == 200
+    assert added(noop.client, content, base_model="minilm") == made[1]
+    noop.client.delete(f"/v1/adapters/{made[1]['id']}")
+    assert left_behind(noop) == []
+    assert not files(noop)
+
+
 def test_names_are_unique(noop: Stack) -> None:
     first = added(noop.client, archive("n1"), name="taken")
     problem(upload(noop.client, archive("n2"), name="taken"), 409, "state-conflict")

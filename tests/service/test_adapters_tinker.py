@@ -226,7 +226,10 @@ def test_what_tinker_supports(live: Stack, closed: Stack, standin: Standin) -> N
         (401, "tinker-key-refused"),
         (402, "tinker-billing"),
         (403, "tinker-forbidden"),
+        (404, "tinker-not-found"),
+        (410, "tinker-not-found"),
         (429, "tinker-rate-limited"),
+        (503, "tinker-out-of-reach"),
     ],
 )
 def test_what_tinker_answers_to_the_question_for_models(

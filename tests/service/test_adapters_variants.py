@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+import httpx2
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -194,6 +196,58 @@ def test_a_deleted_adapter(noop: Stack) -> None:
     again = added(noop.client, archive("to be deleted"))
     assert noop.post(f"/v1/probes/{probe['id']}/predict", {"inputs": ["a"]}).json()["status"] == "succeeded"
     noop.client.delete(f"/v1/adapters/{again['id']}")
+
+
+def trained(client: httpx2.Client, model: str, adapter: dict[str, Any]) -> str:
+    """Where the predictions of a probe are asked for whose states came from an adapter."""
+
+    def made(path: str, body: dict[str, Any]) -> dict[str, Any]:
+        job = client.post(path, json=body, headers={"Prefer": "wait=60"}, timeout=90).json()
+        assert job["status"] == "succeeded", job
+        return dict(client.get(job["resource"]).json())
+
+    states = made("/v1/extractions", {"model": model, "inputs": TEXTS, "layers": [1], "adapter": adapter["id"]})
+    probe = made("/v1/probes", {"extraction": states["id"], "labels": [0, 1] * 4, "folds": 2})
+    return f"/v1/probes/{probe['id']}/predict"
+
+
+def predicted(client: httpx2.Client, path: str) -> httpx2.Response:
+    return client.post(path, json={"inputs": TEXTS}, headers={"Prefer": "wait=60"}, timeout=90)
+
+
+def test_a_probe_reads_with_the_adapter_of_its_own_base(noop: Stack) -> None:
+    """Two bases have an adapter of the same digest, and a third one is another name of the first."""
+    content = archive("two bases", identity="org/model")
+    mine, other = (added(noop.client, content, base_model=base) for base in ("tiny", "minilm"))
+    assert mine["digest"] == other["digest"]
+    paths = {model: trained(noop.client, model, one) for model, one in (("alias", mine), ("minilm", other))}
+    for path in paths.values():
+        assert predicted(noop.client, path).json()["status"] == "succeeded"
+    noop.client.delete(f"/v1/adapters/{other['id']}")
+    problem(predicted(noop.client, paths["minilm"]), 409, "state-conflict")
+    assert predicted(noop.client, paths["alias"]).json()["status"] == "succeeded"
+    noop.client.delete(f"/v1/adapters/{mine['id']}")
+
+
+def test_another_keys_adapter_of_the_same_digest_is_not_used(noop: Stack, tmp_path: Path) -> None:
+    with stack(tmp_path, noop=True, models=noop.environment["BATHYSCOPE_MODELS"], worker__adopt_seconds=0) as running:
+        names = {"anna": (), "bert": (), "boss": ("--scope", "admin")}
+        keys = {name: make_key(running, name, *options) for name, options in names.items()}
+        with (
+            as_user(running, keys["anna"]) as hers,
+            as_user(running, keys["bert"]) as his,
+            as_user(running, keys["boss"]) as boss,
+        ):
+            mine, other = (added(who, archive("same")) for who in (hers, his))
+            own, read = trained(hers, "tiny", mine), trained(boss, "tiny", mine)
+            assert predicted(hers, own).json()["status"] == "succeeded"
+            assert predicted(boss, own).json()["status"] == "succeeded"  # it may see her adapter, and has none
+            assert predicted(boss, read).json()["status"] == "succeeded"
+            hers.delete(f"/v1/adapters/{mine['id']}")
+            problem(predicted(hers, own), 409, "state-conflict")
+            assert predicted(boss, own).json()["status"] == "succeeded"  # his, that admins see as well
+            his.delete(f"/v1/adapters/{other['id']}")
+            problem(predicted(boss, read), 409, "state-conflict")
 
 
 def test_another_keys_adapter_is_as_none(noop: Stack, adapters: list[dict[str, Any]], tmp_path_factory: Any) -> None:

@@ -267,6 +267,25 @@ def test_labels_need_scores(live: Stack) -> None:
         assert document["errors"][0]["pointer"] == "/baselines/1"
 
 
+def test_confidence_goes_with_labels_that_say_where_the_model_is_right(live: Stack) -> None:
+    states = live.extract(MIXED, **SCORING)
+    correct = [line["correct"] for line in live.client.get(states["links"]["choices"]).json()["data"]]
+
+    def probe(labels: Any) -> Any:
+        body = {"extraction": states["id"], "labels": labels, "C": [0.01], "folds": 2, "bootstrap": 50}
+        return live.job(live.post("/v1/probes", body | {"baselines": ["model_confidence"]}).json()["id"])
+
+    reports = [
+        live.client.get(probe(labels)["resource"]).json()["report"]["confidence"]
+        for labels in ("correct", correct, [int(one) for one in correct])
+    ]
+    assert reports[0] == reports[1] == reports[2]
+    assert reports[0]["accuracy"]["value"] == pytest.approx(sum(correct) / len(correct))
+    for labels in (["right" if one else "wrong" for one in correct], [not one for one in correct]):
+        ended = probe(labels)
+        assert [error["pointer"] for error in ended["error"]["errors"]] == ["/baselines/0"]
+
+
 def test_a_model_that_is_always_right_or_always_wrong_teaches_nothing(live: Stack) -> None:
     made = live.extract(MIXED, **SCORING)
     picked = [line["picked"] for line in live.client.get(made["links"]["choices"]).json()["data"]]

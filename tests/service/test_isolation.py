@@ -51,7 +51,7 @@ PLAIN_FIELDS = {
     *("model", "quantization", "layers", "pooling", "template", "truncation", "dtype", "compute_dtype", "match"),
     *("priority", "webhook", "task", "estimator", "calibration", "baselines", "name", "role", "content", "prompt"),
     *("answer", "choices", "labels", "groups", "split", "inputs", "messages", "metadata", "source", "base_model"),
-    *("file", "threshold", "stop"),
+    *("file", "threshold", "stop", "covariance"),
     *("variant",),  # of one's own extraction, among whose variants it is looked for
 }
 """Fields that may be texts and are no ids."""

@@ -70,8 +70,7 @@ def test_an_unknown_model_names_what_is_near(live: Stack) -> None:
     ("content", "headers", "status", "slug"),
     [
         (b'{"model": "tiny"', {}, 400, "malformed-body"),
-        (b'{"model": "tiny", "inputs": ["a"], "metadata": {"x": NaN}}', {}, 400, "malformed-body"),
-        (b'{"model": "tiny", "inputs": ["a"], "metadata": {"x": Infinity}}', {}, 400, "malformed-body"),
+        (b'{"model": "tiny", "inputs": ["a"], "metadata": {"x": NaN}', {}, 400, "malformed-body"),
         (b'{"model": "tiny", "inputs": ["\\ud800"]}', {}, 400, "malformed-body"),
         (b"\xff\xfe", {}, 400, "malformed-body"),
         (b"[" * 100_000, {}, 400, "malformed-body"),
@@ -90,6 +89,23 @@ def test_bodies_that_are_not_what_they_say(
         "/v1/extractions", content=content, headers={"Content-Type": "application/json", **headers}
     )
     problem(answer, status, slug)
+
+
+@pytest.mark.parametrize(
+    ("content", "pointers"),
+    [
+        (b'{"model": "tiny", "inputs": ["a"], "metadata": {"x": NaN}}', ["/metadata/x"]),
+        (b'{"model": "tiny", "inputs": ["a"], "metadata": {"a/b": [1, -Infinity, Infinity]}}',
+         ["/metadata/a~1b/1", "/metadata/a~1b/2"]),
+        (b"NaN", [""]),
+        (b'{"inputs": [' + b"NaN," * 9_999 + b"NaN]}", [f"/inputs/{number}" for number in range(50)]),
+    ],
+)  # fmt: skip
+def test_what_json_does_not_have_is_named_with_its_place(live: Stack, content: bytes, pointers: list[str]) -> None:
+    answer = live.client.post("/v1/extractions", content=content, headers={"Content-Type": "application/json"})
+    errors = problem(answer, 422, "invalid-request")["errors"]
+    assert [error["pointer"] for error in errors] == pointers
+    assert all("JSON has no" in error["detail"] and "leave" in error["detail"] for error in errors)
 
 
 def test_the_limit_holds_for_chunked_bodies(live: Stack) -> None:

@@ -131,7 +131,8 @@ async def test_the_extraction_of_a_probe_that_may_be_queued_goes_on(context: Con
 
     broker = StopsBeforeProbes(context.plane.redis, patience_s=0.4)
     context.plane = dataclasses.replace(context.plane, broker=broker)
-    body = ProbeRequest.model_validate({"data": {"model": "smollm2", "inputs": ["a", "b"]}, "labels": [0, 1]})
+    data = {"model": "smollm2", "inputs": ["a", "b", "c", "d"]}
+    body = ProbeRequest.model_validate({"data": data, "labels": [0, 1, 0, 1], "folds": 2})
     with pytest.raises(Unavailable):
         await create_probe(request(), context, LOCAL, body)
     async with asyncio.timeout(20):

@@ -321,7 +321,8 @@ def test_probes_on_tokens_and_on_vectors_share_a_pass(live: Stack, every: dict[s
 def test_decisions(live: Stack, mean: dict[str, Any], day: dict[str, Any], tmp_path: Path) -> None:
     assert predict(live, day, extraction=mean["id"])["decisions"] == []
     probe = local(live, day, tmp_path)
-    thresholds = {"default": 0.5, "target_fpr": probe.thresholds["target_fpr"], 0.99: 0.99}
+    assert set(probe.thresholds) == {"default", "target_fpr", "youden", "f1"}
+    thresholds = {**probe.thresholds, 0.99: 0.99}
     for asked, threshold in thresholds.items():
         found = predict(live, day, extraction=mean["id"], threshold=asked)
         expected = [row[1] >= threshold for row in found["probabilities"]]

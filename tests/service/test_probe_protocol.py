@@ -195,6 +195,7 @@ def test_a_language_model_knows_capitals(live: Stack) -> None:
         ({"split": ["train"]}, "/split"),
         ({"near_duplicates": 0}, "/near_duplicates"),
         ({"near_duplicates": 1.1}, "/near_duplicates"),
+        ({"C": [1.0, 1e-13], "estimator": "mlp"}, "/C/1"),
         ({"calibration": "beta"}, "/calibration"),
         ({"baselines": ["horoscope"]}, "/baselines/0"),
         ({"baselines": ["model_confidence"]}, "/baselines/0"),
@@ -216,11 +217,59 @@ def test_what_cannot_be_served_is_refused_at_once(
     assert all(one.startswith(f"/{pointer.split('/')[1]}") for one in found)
 
 
-def test_a_body_with_nan_is_refused(live: Stack, states: dict[str, Any]) -> None:
-    text = f'{{"extraction": "{states["id"]}", "labels": [NaN, 1]}}'
+@pytest.mark.parametrize("source", ["extraction", "job", "data"])
+@pytest.mark.parametrize(
+    ("body", "pointer", "words"),
+    [
+        ({"estimator": "lda", "C": [1.0]}, "/C", "leave C out"),
+        ({"covariance": "shrunk"}, "/covariance", "use the estimator mass_mean"),
+        ({"labels": [k / 3 for k in range(len(INPUTS))]}, "/estimator", "use ridge or mlp"),
+        ({"labels": [k % 2 for k in range(len(INPUTS))], "task": "regression"}, "/estimator", "use ridge or mlp"),
+        ({"labels": [1] * len(INPUTS)}, "/labels", "every label is 1: give rows of another class"),
+        ({"labels": [0.5] * len(INPUTS)}, "/labels", "differ"),
+        ({"labels": [*[0.0, 7.0] * 39, -1e20, 7.0]}, "/labels/78", "64 bits"),
+        ({"labels": [5e-324 * k for k in range(len(INPUTS))], "estimator": "ridge"}, "/labels", "rescale"),
+        ({"labels": [0, 1.5] * (len(INPUTS) // 2), "task": "binary"}, "/labels", "binary"),
+        ({"groups": ["one"] * len(INPUTS)}, "/groups", "1 groups for 5 folds, and 2 at least are needed; name more"),
+        ({"groups": [number % 2 for number in range(len(INPUTS))]}, "/groups", "at most 2 folds"),
+        ({"groups": [int(label) for label in LABELS], "folds": 2}, "/groups", "would have none of it"),
+        ({"split": ["train"] * len(INPUTS)}, "/split", "name both"),
+        ({"split": [number % 60 for number in range(len(INPUTS))]}, "/split", "at most 50"),
+        ({"groups": [*range(40)] * 2, "split": ["train"] * 40 + ["test"] * 40}, "/split/0", "other side"),
+    ],
+)
+def test_rows_that_teach_nothing_are_refused_at_once(
+    live: Stack, states: dict[str, Any], source: str, body: dict[str, Any], pointer: str, words: str
+) -> None:
+    """And leave no extraction that was made for them."""
+    where: dict[str, Any] = {"extraction": states["id"] if source == "extraction" else states["job"]}
+    if source == "data":
+        where = {"data": {"model": "tiny", "inputs": INPUTS, "pooling": "mean"}}
+    before = live.client.get("/v1/jobs?limit=1").json()["data"][0]["id"]
+    answer = live.post("/v1/probes", {**where, "labels": LABELS, **body})
+    [error] = problem(answer, 422, "invalid-request")["errors"]
+    assert error["pointer"] == pointer
+    assert words in error["detail"]
+    assert live.client.get("/v1/jobs?limit=1").json()["data"][0]["id"] == before
+
+
+@pytest.mark.parametrize(
+    ("labels", "pointers", "words"),
+    [
+        ("[NaN, 1]", ["/labels/0"], "JSON has no NaN"),
+        ("[1, 0, null, null]", ["/labels/2", "/labels/3"], "it is null"),
+        ("[1, 1e999]", ["/labels/1"], "finite"),
+    ],
+)
+def test_a_label_that_is_missing_is_named_with_what_to_do(
+    live: Stack, states: dict[str, Any], labels: str, pointers: list[str], words: str
+) -> None:
+    text = f'{{"extraction": "{states["id"]}", "labels": {labels}}}'
     answer = live.client.post("/v1/probes", content=text, headers={"Content-Type": "application/json"})
-    assert answer.status_code in (400, 422)
-    assert answer.headers["content-type"] == "application/problem+json"
+    errors = problem(answer, 422, "invalid-request")["errors"]
+    assert [error["pointer"] for error in errors] == pointers
+    assert all(words in error["detail"] for error in errors)
+    assert words == "finite" or all("leave" in error["detail"] for error in errors)
 
 
 @pytest.mark.parametrize(
@@ -294,29 +343,3 @@ def test_states_of_every_token_need_an_estimator_that_reads_them(live: Stack) ->
     [error] = problem(answer, 422, "invalid-request")["errors"]
     assert error["pointer"] == "/extraction"
     assert "attention" in error["detail"]
-
-
-@pytest.mark.parametrize(
-    ("body", "pointer", "words"),
-    [
-        ({"labels": [1] * len(INPUTS)}, "/labels", "two classes"),
-        ({"labels": [0.5] * len(INPUTS)}, "/labels", "differ"),
-        ({"labels": [0, 1.5] * (len(INPUTS) // 2), "task": "binary"}, "/labels", "binary"),
-        ({"groups": [number % 2 for number in range(len(INPUTS))]}, "/groups", "at most 2 folds"),
-        ({"groups": [int(label) for label in LABELS], "folds": 2}, "/groups", "would have none of it"),
-        ({"split": ["train"] * len(INPUTS)}, "/split", "none to test on"),
-        ({"split": [number % 60 for number in range(len(INPUTS))]}, "/split", "at most 50"),
-        ({"labels": [number % 2 for number in range(len(INPUTS))], "task": "regression"}, "/estimator", "ridge"),
-        ({"estimator": "lda", "C": [1.0]}, "/C", "leave it out"),
-        ({"covariance": "shrunk"}, "/covariance", "mass_mean"),
-    ],
-)
-def test_what_cannot_be_learned_fails_the_job_and_says_where(
-    live: Stack, states: dict[str, Any], body: dict[str, Any], pointer: str, words: str
-) -> None:
-    job = live.post("/v1/probes", {"extraction": states["id"], "labels": LABELS, "bootstrap": 0, **body}).json()
-    assert job["status"] == "failed", job
-    assert job["error"]["status"] == 422
-    [error] = job["error"]["errors"]
-    assert error["pointer"] == pointer
-    assert words in error["detail"]

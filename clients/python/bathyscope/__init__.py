@@ -21,14 +21,13 @@ try:
     from bathyscope._async_client import AsyncClient
     from bathyscope._choices import Choices
     from bathyscope._client import Client
+    from bathyscope._extractions import AsyncExtraction, Extraction
     from bathyscope._jobs import AsyncJobHandle, JobHandle
     from bathyscope._objects import (
         Adapter,
         AsyncAdapter,
-        AsyncExtraction,
         AsyncPrediction,
         AsyncProbe,
-        Extraction,
         Prediction,
         Probe,
         Resource,

@@ -7,7 +7,9 @@ from collections.abc import AsyncIterator, Iterable, Mapping
 from typing import Any, Unpack
 
 from bathyscope import _operations, types
+from bathyscope._bound import bind
 from bathyscope._connection import AsyncConnection
+from bathyscope._extractions import AsyncExtraction
 from bathyscope._fields import (
     AdapterFields,
     ExtractionFields,
@@ -25,7 +27,7 @@ from bathyscope._fields import (
 )
 from bathyscope._http import path
 from bathyscope._jobs import AsyncJobHandle
-from bathyscope._objects import AsyncAdapter, AsyncExtraction, AsyncPrediction, AsyncProbe, bind
+from bathyscope._objects import AsyncAdapter, AsyncPrediction, AsyncProbe
 
 
 class _Namespace:

@@ -119,7 +119,7 @@ class PredictFields(WorkFields, total=False):
     per_token: bool
     transfer: bool
     also: Iterable[Reference]
-    threshold: Literal["default", "target_fpr"] | float | None
+    threshold: types.ThresholdName | float | None
 
 
 def plain(value: Any) -> Any:

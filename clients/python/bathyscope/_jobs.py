@@ -8,19 +8,18 @@ from typing import Any, Generic, TypeVar
 from pydantic import BaseModel
 
 from bathyscope import _operations, types
+from bathyscope._bound import bind
 from bathyscope._connection import AsyncConnection, Connection
+from bathyscope._extractions import AsyncExtraction, Extraction
 from bathyscope._http import Operation, Retry
 from bathyscope._objects import (
     Adapter,
     AsyncAdapter,
-    AsyncExtraction,
     AsyncPrediction,
     AsyncProbe,
-    Extraction,
     Prediction,
     Probe,
     Resource,
-    bind,
 )
 from bathyscope._progress import progress_bar
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -32,6 +33,8 @@ _MAX_HEADER = 4_000_000
 _MAX_BYTES = 2**30
 _MAX_HIDDEN, _MAX_CLASSES, _MAX_TEXT, _MAX_LAYER = 2**20, 4096, 4096, 100_000
 _PREFIX = "calibrator."
+_CHECKED_AT_ONCE = 1_000_000
+_LAYER = re.compile(r"0|[1-9][0-9]{0,5}")
 
 Label = bool | int | float | str
 
@@ -68,7 +71,7 @@ class FittedProbe:
     """Of the states it was made for: base model, revision, quantization, adapter, pooling and so on."""
 
     thresholds: Mapping[str, float] = field(default_factory=dict)
-    """Of the positive class's probability, by name: `default`, `target_fpr`."""
+    """Of the positive class's probability, by name: `default`, `target_fpr`, `youden`, `f1`."""
 
     report_sha256: str = ""
     """Digest of the report that was made with it."""
@@ -99,18 +102,27 @@ class FittedProbe:
         (rows + 1,), where each input's tokens begin and the last one's end. Raises `InvalidRequest`.
         """
         states = np.asarray(states)
+        if states.dtype.kind in "OSUcmMb":
+            raise _refused("The states are no numbers.", "give states of a float dtype")
         if states.ndim != 2 or states.shape[1] != self.hidden_size:
             raise _refused(
                 f"The probe reads states of width {self.hidden_size}; these are of shape {states.shape}.",
                 f"give states of width {self.hidden_size}",
             )
-        if self.reads == "pooled":
-            if offsets is not None:
-                raise _refused("The probe reads one vector an input.", "give pooled states, and no offsets")
-            return self._flat(self._kind.score(self.tensors, states))
-        bounds = _bounds(offsets, len(states))
-        scores = [self._kind.score(self.tensors, states[start:stop]) for start, stop in pairwise(bounds)]
-        return self._flat(np.concatenate(scores) if scores else np.empty((0, self.outputs)))
+        if self.reads == "pooled" and offsets is not None:
+            raise _refused("The probe reads one vector an input.", "give pooled states, and no offsets")
+        bounds = None if self.reads == "pooled" else _bounds(offsets, len(states))
+        if (row := not_finite(states)) is not None:
+            raise _refused(f"In row {row} of the states a number is not finite.", "give states that are finite")
+        with np.errstate(over="ignore", invalid="ignore"):
+            if bounds is None:
+                scores = self._kind.score(self.tensors, states)
+            else:
+                parts = [self._kind.score(self.tensors, states[start:stop]) for start, stop in pairwise(bounds)]
+                scores = np.concatenate(parts) if parts else np.empty((0, self.outputs))
+        if not np.isfinite(scores).all():
+            raise _refused("The probe's scores of these states are too large for numbers.", "give smaller states")
+        return self._flat(scores)
 
     def predict(self, states: NDArray[Any], offsets: Sequence[int] | NDArray[Any] | None = None) -> Floats:
         """Calibrated probabilities (rows, classes), or values of a regression (rows,); see `decision_function`.
@@ -214,6 +226,16 @@ class FittedProbe:
         return cls.from_bytes(data)
 
 
+def not_finite(states: NDArray[Any]) -> int | None:
+    """The first row of states (rows, hidden) that holds NaN or an infinity; null when there is none."""
+    step = max(1, _CHECKED_AT_ONCE // max(1, states.shape[1]))
+    for start in range(0, len(states), step):
+        finite = np.isfinite(states[start : start + step]).all(axis=1)
+        if not finite.all():
+            return start + int(np.argmin(finite))
+    return None
+
+
 def thresholds_of(report: Mapping[str, Any]) -> dict[str, float]:
     """The thresholds of a probe's report by name, without what the report says of them."""
     given = report.get("thresholds") or {}
@@ -248,8 +270,8 @@ def check(probe: FittedProbe) -> None:
         raise ProbeFormatError("a scale is not above 0")
     if "window" in probe.tensors and not 1 <= probe.tensors["window"][0] <= 2**31:
         raise ProbeFormatError("the window is not a number of tokens")
-    if not all(_is_number(value) for value in probe.thresholds.values()):
-        raise ProbeFormatError("a threshold is not a number")
+    if not all(_is_number(value) and 0 <= value <= 1 for value in probe.thresholds.values()):
+        raise ProbeFormatError("a threshold is not a number from 0 to 1")
     if probe.calibrator is not None:
         _check_calibrator(probe)
 
@@ -297,11 +319,14 @@ def _parse(data: bytes) -> FittedProbe:
     if (calibration := notes.get("calibration", "none")) != "none":
         found = [name for name in arrays if name.startswith(_PREFIX)]
         calibrator = {"kind": calibration} | {name.removeprefix(_PREFIX): arrays.pop(name) for name in found}
+    classes = _json(notes["classes"])
+    if not isinstance(classes, list) or _LAYER.fullmatch(notes["layer"]) is None:
+        raise ProbeFormatError("the classes are no list, or the layer is no number")
     probe = FittedProbe(
         kind=notes.get("kind", "linear"),
         tensors=arrays,
         calibrator=calibrator,
-        classes=tuple(_json(notes["classes"])),
+        classes=tuple(classes),
         layer=int(notes["layer"]),
         task=notes["task"],
         estimator=notes["estimator"][:_MAX_TEXT],

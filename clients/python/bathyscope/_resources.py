@@ -7,7 +7,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Unpack
 
 from bathyscope import _operations, types
+from bathyscope._bound import bind
 from bathyscope._connection import Connection
+from bathyscope._extractions import Extraction
 from bathyscope._fields import (
     AdapterFields,
     ExtractionFields,
@@ -25,7 +27,7 @@ from bathyscope._fields import (
 )
 from bathyscope._http import path
 from bathyscope._jobs import JobHandle
-from bathyscope._objects import Adapter, Extraction, Prediction, Probe, bind
+from bathyscope._objects import Adapter, Prediction, Probe
 
 
 class _Namespace:

@@ -102,7 +102,7 @@ class Catalogue:
                 resource.bytes,
                 resource.dump(),
                 resource.job,
-                *(shelved or ("", "")),
+                *(shelved or ("", "", "")),
                 dump(resource.blobs) if shelved else "",
             )
         )
@@ -211,11 +211,12 @@ class Catalogue:
         return await answer(awaitable, _PATIENCE_S)
 
 
-def _shelved(resource: Resource) -> tuple[str, str] | None:
-    """Digest and name of an adapter, null for anything else."""
+def _shelved(resource: Resource) -> tuple[str, str, str] | None:
+    """Digest, base model and name of an adapter, null for anything else."""
     if resource.kind != "adapter" or "weights" not in resource.blobs:
         return None
-    return str(resource.body["digest"]), str(resource.body.get("name") or "")
+    body = resource.body
+    return str(body["digest"]), str(body.get("base_model") or ""), str(body.get("name") or "")
 
 
 def _entry(text: str) -> tuple[int, str]:

@@ -6,7 +6,7 @@ holds, below `{namespace}:res`, what can be made again from the manifests:
 
     shared                 the blobs of each digest that a new adapter of it is to name
     refs:<weights key>     who has a share in a folder, '<id>|<job>', by time: adapters, and jobs that make one
-    digests:<owner>        the adapter of each digest, which an owner has once, '<id>|<job>'
+    digests:<owner>        the adapter of each '<digest>|<base model>', which an owner has once, '<id>|<job>'
     names:<owner>          the adapter of each name
     rebuilding             the catalogue is being made anew: no folder is removed on the word of `refs`
 
@@ -77,9 +77,9 @@ class Shelf:
         self._prefix = prefix
         self._ask = ask
 
-    async def with_digest(self, owner: str, digest: str) -> Claim | None:
-        """The adapter of a digest that an owner has or is about to have."""
-        return _claim(await self._ask(self._redis.hget(f"{self._prefix}digests:{owner}", digest)))
+    async def with_digest(self, owner: str, digest: str, base: str) -> Claim | None:
+        """The adapter of a digest that an owner has, or is about to have, for a base model."""
+        return _claim(await self._ask(self._redis.hget(f"{self._prefix}digests:{owner}", f"{digest}|{base}")))
 
     async def with_name(self, owner: str, name: str) -> Claim | None:
         """The adapter of a name."""
@@ -91,9 +91,17 @@ class Shelf:
         return _parsed(found) if found else None
 
     async def claim(
-        self, claim: Claim, owner: str, digest: str, name: str | None, blobs: Blobs, dead: Iterable[Claim] = ()
+        self,
+        claim: Claim,
+        owner: str,
+        digest: str,
+        base: str,
+        name: str | None,
+        blobs: Blobs,
+        dead: Iterable[Claim] = (),
     ) -> Blobs | Taken:
-        """Claim digest and name, and a share in the files: those given, or those of the digest that are there already.
+        """Claim a digest for a base model, and a name, and a share in the files: those given, or those of the digest
+        that are there already.
 
         `dead`: claims of jobs that ended without an adapter; they do not count.
         """
@@ -105,6 +113,7 @@ class Shelf:
                 claim.job,
                 owner,
                 digest,
+                base,
                 name or "",
                 dump(blobs),
                 _now_ms(),
@@ -113,11 +122,13 @@ class Shelf:
         )
         return _parsed(value) if outcome == "ok" else Taken(outcome, Claim.parse(value))
 
-    async def release(self, claims: Iterable[Claim], owner: str, digest: str, name: str | None, key: str) -> bool:
+    async def release(
+        self, claims: Iterable[Claim], owner: str, digest: str, base: str, name: str | None, key: str
+    ) -> bool:
         """Give shares and claims back; whether the folder of the weights at `key` is nobody's now, and may go."""
         return bool(
             await self._ask(
-                _RELEASE.run(self._redis, [self._prefix], key, digest, owner, name or "", *map(str, claims))
+                _RELEASE.run(self._redis, [self._prefix], key, digest, base, owner, name or "", *map(str, claims))
             )
         )
 

@@ -298,7 +298,7 @@ async def _sweep_shelf(
         else:
             dead = [holder for holder in holders if await store.size(manifest_key(holder.id)) is None]
             # Whose claims these were is not known here; those of ended jobs do not count when they are met.
-            gone = await shelf.release(dead, "", digest, None, weights)
+            gone = await shelf.release(dead, "", digest, "", None, weights)
         if gone:
             swept.blobs += len(old[folder])
             swept.bytes += sum(entry.bytes for entry in old[folder])

@@ -83,28 +83,37 @@ def wire(adapter: Resource) -> dict[str, Any]:
 
 def fits(registry: ModelRegistry, adapter: Resource, entry: ModelEntry) -> bool:
     """Whether an adapter was made for a model: for that one, or for another name of the same weights."""
-    base = adapter.body["base_model"]
-    if base == entry.name:
+    return _equal(registry, adapter.body["base_model"], entry)
+
+
+def _equal(registry: ModelRegistry, name: str, entry: ModelEntry) -> bool:
+    """Whether a name means the weights of a model."""
+    if name == entry.name:
         return True
     try:
-        other = registry.get(base)
+        other = registry.get(name)
     except ModelUnknown:
         return False
     return (other.source, other.revision) == (entry.source, entry.revision)
 
 
-async def of_digest(context: Context, caller: ApiKey, digest: str) -> Resource | None:
-    """An adapter of a digest that the caller may see: its own, and for an admin key anyone's."""
-    catalogue = context.plane.catalogue
-    claim = await catalogue.shelf.with_digest(caller.id, digest)
-    found = await catalogue.get(claim.id) if claim is not None else None
+async def of_digest(context: Context, caller: ApiKey, digest: str, entry: ModelEntry) -> Resource | None:
+    """An adapter of a digest, made for a model, that the caller may see: its own, and for an admin key anyone's."""
+    catalogue, registry = context.plane.catalogue, context.plane.registry
+    for base in [entry.name, *(name for name in registry.names() if name != entry.name)]:
+        if _equal(registry, base, entry) and (claim := await catalogue.shelf.with_digest(caller.id, digest, base)):
+            found = await catalogue.get(claim.id)
+            if found is not None:
+                return found
     cursor: str | None = None
-    while found is None and caller.admin:
+    while caller.admin:
         page, cursor = await catalogue.list("adapter", None, limit=200, cursor=cursor)
-        found = next((adapter for adapter in page if adapter.body["digest"] == digest), None)
+        for adapter in page:
+            if adapter.body["digest"] == digest and fits(registry, adapter, entry):
+                return adapter
         if cursor is None:
             break
-    return found
+    return None
 
 
 def chosen(body: dict[str, Any], variant: str | None, pointer: str = "/variant") -> int | None:

@@ -184,10 +184,10 @@ async def discard(context: Context, record: JobRecord, payload: str) -> None:
         with contextlib.suppress(Unavailable):
             await plane.store.drop_shards(record.id)
     if (staged := content.get("staged")) is not None and record.resource_id is not None:
-        digest, claim = content["converted"]["digest"], Claim(record.resource_id, record.id)
-        key = staged["weights"]["key"]
+        made, claim = content["converted"], Claim(record.resource_id, record.id)
+        key, what = staged["weights"]["key"], (made["digest"], made["base_model"], content["spec"].get("name"))
         with contextlib.suppress(Unavailable):
-            if await plane.catalogue.shelf.release([claim], record.owner, digest, content["spec"].get("name"), key):
+            if await plane.catalogue.shelf.release([claim], record.owner, *what, key):
                 for blob in staged.values():
                     await _drop(context, blob["key"])
 

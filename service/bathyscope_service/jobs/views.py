@@ -37,7 +37,6 @@ async def job_view(context: Context, record: JobRecord, viewer: str) -> dict[str
     """The wire form of a job, for the key of that id."""
     position = await context.plane.broker.position(record.id) if record.status == "queued" else None
     progress = record.progress
-    error = {**record.error, "instance": f"/v1/jobs/{record.id}"} if record.error and record.ended else None
     return {
         "id": record.id,
         "kind": record.kind,
@@ -57,11 +56,22 @@ async def job_view(context: Context, record: JobRecord, viewer: str) -> dict[str
         "finished_at": rfc3339(record.finished_at),
         "expires_at": rfc3339(record.expires_at),
         "resource": record.resource,
-        "error": error,
+        "error": _error_view(record),
         "timings": record.timings,
         "request": record.request,
         "webhook": _webhook_view(record, viewer),
     }
+
+
+def _error_view(record: JobRecord) -> dict[str, Any] | None:
+    """What the job ended with. Where it was one request with the job that failed it, faults point into that request."""
+    if not record.error or not record.ended:
+        return None
+    error = {**record.error, "instance": f"/v1/jobs/{record.id}"}
+    faults = (error.get("cause") or {}).get("errors")
+    if faults and "data" in record.request:
+        error["errors"] = [{**fault, "pointer": f"/data{fault['pointer']}"} for fault in faults]
+    return error
 
 
 def _webhook_view(record: JobRecord, viewer: str) -> dict[str, Any] | None:

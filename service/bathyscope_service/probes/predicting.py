@@ -25,6 +25,7 @@ from bathyscope.types import ExtractionOptions, Identity, Input, PredictRequest
 from bathyscope_backplane.artifacts import Resource
 from bathyscope_backplane.ids import new_id
 from bathyscope_backplane.keys import ApiKey
+from bathyscope_backplane.registry import ModelEntry
 from bathyscope_service.adapters.variants import chosen, of_digest, wire
 from bathyscope_service.context import Context
 from bathyscope_service.extractions.checks import check, lane_of, model_entry, resolve_layers, token_bound, wire_rows
@@ -98,11 +99,11 @@ async def prediction_work(context: Context, caller: ApiKey, probe: Resource, bod
     else:
         chosen({}, body.variant)
         options = _options(readings, body)
-        adapter = await _adapter(context, caller, readings[0])
         with pointing(None):
             entry = await model_entry(context, options.model, options.quantization)
             if entry.facts is not None:
                 resolve_layers(options.layers, entry.facts.num_layers)
+        adapter = await _adapter(context, caller, readings[0], entry)
         limits = context.plane.settings.limits
         await context.apart(size, check, entry, options, body.inputs, limits)
         if body.per_token:
@@ -226,11 +227,11 @@ def _options(readings: list[_Reading], body: PredictRequest) -> ExtractionOption
     )
 
 
-async def _adapter(context: Context, caller: ApiKey, reading: _Reading) -> Resource | None:
+async def _adapter(context: Context, caller: ApiKey, reading: _Reading, entry: ModelEntry) -> Resource | None:
     digest = reading.identity.adapter
     if digest is None:
         return None
-    adapter = await of_digest(context, caller, digest)
+    adapter = await of_digest(context, caller, digest, entry)
     if adapter is None:
         raise StateConflict(
             f"The adapter that the probe was trained with ({digest[:12]}…) was deleted; add it again to read new "

@@ -8,6 +8,8 @@ from typing import Any
 
 from fastapi import Request
 
+from bathyscope._estimators import TOKEN_ESTIMATORS, check_estimator
+from bathyscope._fold_checks import check_rows
 from bathyscope.errors import (
     FieldError,
     InvalidRequest,
@@ -28,9 +30,6 @@ from bathyscope_service.jobs.views import job_of
 from bathyscope_service.problems import pointing
 from bathyscope_service.resources import resource_of
 
-_TOKEN_ESTIMATORS = ("attention", "max_mean")
-"""Those that read the states of every token; the others read one vector an input."""
-
 
 async def probe_work(context: Context, request: Request, caller: ApiKey, body: ProbeRequest) -> tuple[Work, str | None]:
     """The job of a probe, and the id of the extraction job that was queued for it alone, by this request.
@@ -50,6 +49,7 @@ async def probe_work(context: Context, request: Request, caller: ApiKey, body: P
         _check_pooling(body, body.data.pooling, "/data/pooling")
         rows = len(data.rows or [])
         _check_lengths(body, rows)
+        await context.apart(request.state.body_bytes, _check_rows, body)
         variant = _asked(body.data.adapter, body.variant)
         _check_layers(body, *await _layers_of(context, body.data.model, body.data.layers))
         data.priority = body.priority
@@ -82,8 +82,10 @@ async def probe_work(context: Context, request: Request, caller: ApiKey, body: P
             mine = scored if variant is None else scored[variant]
             refuse_one_answer(mine["correct"], mine["answered"])
         _check_layers(body, resource.body["layers"], resource.body["num_layers"])
-    if rows is not None:
-        _check_lengths(body, rows)
+    if body.data is None:
+        if rows is not None:
+            _check_lengths(body, rows)
+        await context.apart(request.state.body_bytes, _check_rows, body)
     spec = body.model_dump(exclude={"labels", "groups", "split", "data", "priority", "webhook"})
     labels: Sequence[Any] = body.labels if isinstance(body.labels, list) else [None] * (rows or 0)
     groups: Sequence[Any] = body.groups or [None] * len(labels)
@@ -105,6 +107,7 @@ async def probe_work(context: Context, request: Request, caller: ApiKey, body: P
                 **body.model_dump(exclude={"labels", "groups", "split", "data", "webhook"}, exclude_defaults=True),
                 "extraction": extraction_id,
                 "labels": "correct" if body.labels == "correct" else len(labels),
+                **({"data": {"inputs": rows}} if body.data is not None else {}),
             },
             resource_id=new_id("prb"),
             priority=body.priority,
@@ -161,6 +164,7 @@ async def _layers_of(context: Context, model: str, asked: list[int] | str) -> tu
 
 def _check_settings(body: ProbeRequest) -> None:
     """Refuse settings that do not go together whatever the states are."""
+    check_estimator(body.estimator, penalised=body.C is not None, covariance=body.covariance, task=None)
     found = []
     regression = body.task == "regression" or (
         body.task == "auto" and any(isinstance(label, float) and not label.is_integer() for label in body.labels)
@@ -178,7 +182,7 @@ def _check_settings(body: ProbeRequest) -> None:
 
 def _check_pooling(body: ProbeRequest, pooling: str | None, pointer: str) -> None:
     """Refuse an estimator that reads other states than these; `pointer` is where those are asked for."""
-    if pooling is None or (pooling == "none") == (body.estimator in _TOKEN_ESTIMATORS):
+    if pooling is None or (pooling == "none") == (body.estimator in TOKEN_ESTIMATORS):
         return
     if pooling == "none":
         raise InvalidRequest(
@@ -187,7 +191,7 @@ def _check_pooling(body: ProbeRequest, pooling: str | None, pointer: str) -> Non
                 FieldError(
                     pointer=pointer,
                     detail=f"a {body.estimator} probe reads one vector an input; extract with pooling last, mean, max "
-                    f"or first, or use the estimator {' or '.join(_TOKEN_ESTIMATORS)}",
+                    f"or first, or use the estimator {' or '.join(TOKEN_ESTIMATORS)}",
                 )
             ],
         )
@@ -223,6 +227,13 @@ def _check_lengths(body: ProbeRequest, rows: int) -> None:
     ]
     if found:
         raise InvalidRequest("Labels, groups and split go with the inputs, one for each.", errors=found)
+
+
+def _check_rows(body: ProbeRequest) -> None:
+    """Refuse labels, groups and a split of which no probe can be learned, whatever the states are."""
+    if isinstance(body.labels, list):
+        task = check_rows(body.labels, task=body.task, groups=body.groups, split=body.split, folds=body.folds)
+        check_estimator(body.estimator, penalised=body.C is not None, covariance=body.covariance, task=task)
 
 
 def _check_layers(body: ProbeRequest, held: list[int] | None, depth: int | None) -> None:

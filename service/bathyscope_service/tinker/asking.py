@@ -15,15 +15,8 @@ from typing import Any
 
 import structlog
 
-from bathyscope.errors import (
-    ProblemError,
-    TinkerBilling,
-    TinkerForbidden,
-    TinkerKeyRefused,
-    TinkerNotSetUp,
-    TinkerOutOfReach,
-    TinkerRateLimited,
-)
+from bathyscope.errors import TinkerNotSetUp, TinkerOutOfReach
+from bathyscope_backplane.tinker_answers import problem_of_fault, problem_of_silence
 
 _log = structlog.get_logger(__name__)
 
@@ -110,7 +103,7 @@ async def _question(base_url: str | None, api_key: str, seconds: float) -> Model
     finally:
         with contextlib.suppress(ProcessLookupError):
             process.kill()
-    return _read(said)
+    return _read(said, asked)
 
 
 def _environment() -> dict[str, str]:
@@ -120,7 +113,8 @@ def _environment() -> dict[str, str]:
     }
 
 
-def _read(said: bytes) -> Models:
+def _read(said: bytes, asked: dict[str, Any]) -> Models:
+    """The models of the child's answer. Raises the problem that it stands for otherwise."""
     try:
         answer = json.loads(said.splitlines()[-1]) if said else {}
     except ValueError:
@@ -128,19 +122,13 @@ def _read(said: bytes) -> Models:
     if "models" in answer:
         found: Models = answer["models"]
         return found
-    _log.warning("tinker.fault", error=answer.get("error"), status=answer.get("status"))
-    raise _problem(answer.get("status"))
-
-
-def _problem(status: int | None) -> ProblemError:
-    if status == 401:
-        return TinkerKeyRefused("Tinker does not accept this key; check it, or make another one in Tinker's console.")
-    if status == 402:
-        return TinkerBilling("The account of this key is paused for billing; settle that in Tinker's console.")
-    if status == 403:
-        return TinkerForbidden("Tinker accepts this key and does not permit this with it; use another account's.")
-    if status == 429:
-        return TinkerRateLimited("Tinker asks for fewer requests with this key; try again later.", retry_after=60)
-    if status is not None:
-        return TinkerOutOfReach(f"Tinker answered with the status {status}; try again later.")
-    return TinkerOutOfReach("Tinker cannot be reached, or does not answer as its SDK expects; try again in a moment.")
+    where = f"Tinker at {asked['base_url']}" if asked["base_url"] else "Tinker"
+    if "late" in answer:
+        _log.warning("tinker.late", status=answer["late"])
+        raise problem_of_silence(answer["late"], asked["seconds"], where=where)
+    fault = answer.get("error")
+    if fault is None:
+        _log.warning("tinker.no_answer")
+        raise TinkerOutOfReach(f"{where} does not answer as its SDK expects; try again in a moment.", retry_after=30)
+    _log.warning("tinker.fault", error=fault["kind"], status=fault["status"])
+    raise problem_of_fault(**fault, key=asked["api_key"], where=where)

@@ -31,7 +31,7 @@ class _Statuses(logging.Handler):
     def give_up(self) -> None:
         """Answer with what is known, not waiting for the SDK's threads."""
         status = self.last if self.last is not None and self.last >= 400 else None
-        print(json.dumps({"error": "Timeout", "status": status}), flush=True)
+        print(json.dumps({"late": status}), flush=True)
         os._exit(1)
 
 
@@ -63,7 +63,8 @@ def main() -> int:
         ]
     except Exception as error:
         status = getattr(error, "status_code", None)
-        print(json.dumps({"error": type(error).__name__, "status": status if isinstance(status, int) else None}))
+        status = status if isinstance(status, int) else None
+        print(json.dumps({"error": {"kind": type(error).__name__, "status": status, "text": str(error)}}))
         return 1
     print(json.dumps({"models": models}))
     return 0

@@ -6,7 +6,8 @@ import pytest
 
 from bathyscope.errors import StateConflict, from_problem
 
-PROBLEM = {"type": "/problems/model-load-failed", "title": "t", "status": 500, "detail": "No such file."}
+PROBLEM = {"type": "/problems/model-load-failed", "title": "t", "status": 500, "detail": "No such file.",
+           "errors": [{"pointer": "/inputs/3", "detail": "it is empty"}]}  # fmt: skip
 LEASE_MS = 30_000
 
 

@@ -53,8 +53,8 @@ async def test_a_take_is_of_one_lane_and_lanes_go_in_the_order_given(broker, new
 
 
 async def test_one_job_does_not_wait_behind_five_thousand(broker, new_job):
-    for _ in range(50):
-        await asyncio.gather(*(broker.submit(new_job(owner="key_bulk")) for _ in range(100)))
+    for _ in range(250):
+        await asyncio.gather(*(broker.submit(new_job(owner="key_bulk")) for _ in range(20)))
     single = await submit(broker, new_job(owner="key_single"))
     assert await broker.position(single) == 1
     assert single in await take_ids(broker, 2)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from bathyscope_workers.adapters.skeleton import Skeleton
 from bathyscope_workers.models.device import Device
@@ -212,6 +214,49 @@ def test_answers_equal_transformers_generate(
         assert (line["picked"], line["ended"]) == (None, tokens[-1] == model.generation_config.eos_token_id)
         assert line["logprobs_per_token"] == [pytest.approx(mean, abs=TOLERANCE)]
         assert line["confidence"] == pytest.approx(np.exp(mean), abs=TOLERANCE)
+
+
+@pytest.fixture(scope="module")
+def outlying(tiny_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> ModelSpec:
+    """Wide enough for 4bit on CPU, and with features beyond the outlier threshold of 8bit."""
+    folder = tmp_path_factory.mktemp("outlying") / "model"
+    shutil.copytree(tiny_dir, folder)
+    config = AutoConfig.from_pretrained(tiny_dir)
+    config.hidden_size, config.head_dim = 64, 16
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config)
+    for block in model.model.layers:
+        block.input_layernorm.weight.data[::9] = 4.0
+    model.save_pretrained(folder)
+    return ModelSpec("outlying", str(folder))
+
+
+@pytest.mark.parametrize("quantization", ["8bit", "4bit"])
+def test_a_quantized_model_scores_as_its_own_plain_calls_do(
+    start_engine: Any, outlying: ModelSpec, plain_tiny: tuple[Any, Any], quantization: Any
+) -> None:
+    spec = replace(outlying, quantization=quantization)
+    model, tokenizer = load_resident(spec, Device.pick(force_cpu=True)).model, plain_tiny[1]
+    engine = start_engine()
+    open_prompt = "The capital of France is"
+    engine.run(
+        "a",
+        spec,
+        [*QUESTIONS, {"prompt": open_prompt, "answer": "x"}],
+        layers=[-1],
+        score_choices=True,
+        max_new_tokens=6,
+    )
+    *found, answer = lines(engine.finished("a")["a"])
+    for line, question in zip(found, QUESTIONS, strict=True):
+        assert_line(line, expected_line(model, tokenizer, question))
+    whole = AutoModelForCausalLM.from_pretrained(outlying.source).eval()
+    assert not np.allclose(
+        found[0]["logprobs"], expected_line(whole, tokenizer, QUESTIONS[0])["logprobs"], atol=10 * TOLERANCE
+    )
+    tokens, mean = greedy(model, tokenizer, open_prompt, 6)
+    assert answer["answer"] == tokenizer.decode(tokens, skip_special_tokens=True)
+    assert answer["logprobs_per_token"] == [pytest.approx(mean, abs=TOLERANCE)]
 
 
 def test_each_variant_of_a_pair(

@@ -41,6 +41,13 @@ def one_against_rest(scores: Any) -> Any:
     )
 
 
+@pytest.mark.parametrize("factor", [1e-9, 1e5, 1e12])
+def test_temperature_follows_the_size_of_the_scores(factor: float) -> None:
+    for logits, y in (binary(), several()):
+        plain, scaled = (fit_calibrator("temperature", k * logits, y) for k in (1.0, factor))
+        assert scaled.arrays["temperature"][0] == pytest.approx(factor * plain.arrays["temperature"][0], rel=1e-5)
+
+
 def test_temperature_is_the_one_of_the_highest_likelihood() -> None:
     for logits, y in (binary(), several()):
         fitted = fit_calibrator("temperature", 3.0 * logits, y)

@@ -19,6 +19,7 @@ def scores(auroc: float, low: float | None = None, high: float | None = None, **
         ({}, []),
         ({"counts": [50, 12]}, ["Only 12 scored rows of class True"]),
         ({"clusters": 12}, ["Only 12 groups"]),
+        ({"clusters": 2}, ["The scored rows are of 2 groups only"]),
         ({"target_fpr": 0.001}, ["With 50 negatives a false-positive rate of 0.001"]),
         ({"task": "multiclass", "target_fpr": 0.001}, []),
         ({"task": "regression", "classes": [], "counts": [], "rows": 9}, ["Only 9 scored rows:"]),
@@ -41,6 +42,7 @@ def test_about_rows(changes: dict[str, Any], found: list[str]) -> None:
     [
         (scores(0.8, 0.7, 0.9, accuracy=0.8), []),
         (scores(0.6, 0.45, 0.7, accuracy=0.8), ["spans chance"]),
+        (scores(0.2, 0.1, 0.3, accuracy=0.8), ["is below chance (0.5): look for labels that are flipped"]),
         (scores(0.48, accuracy=0.8), ["not above chance"]),
         (scores(0.8, 0.7, 0.9, accuracy=0.6), ["commonest class"]),
     ],
@@ -84,6 +86,30 @@ def test_about_regression() -> None:
     assert "spans chance (0)" in said
     [said] = cautions.about_baselines(said_of(0.5, 0.3), {"length": said_of(0.4, 0.2)}, task="regression")
     assert "R2 0.400" in said
+
+
+@pytest.mark.parametrize(
+    ("changed", "warned"),
+    [
+        ({}, True),
+        ({"recurring": 0}, False),
+        ({"control": {"value": 0.76, "low": 0.74, "high": 0.8}}, False),
+        ({"selectivity": {"value": 0.1, "low": 0.05, "high": 0.2}}, False),
+        ({"control": {"value": 0.76, "low": None, "high": None}}, True),
+    ],
+)
+def test_about_selectivity(changed: dict[str, Any], warned: bool) -> None:
+    given = {
+        "layer": 3,
+        "metric": "accuracy",
+        "probe": {"value": 0.83, "low": 0.8, "high": 0.86},
+        "control": {"value": 0.8, "low": 0.78, "high": 0.82},
+        "selectivity": {"value": 0.03, "low": -0.01, "high": 0.07},
+        "chance": 0.75,
+        "recurring": 40,
+    }
+    said = cautions.about_selectivity(given | changed)
+    assert ["not shown to be selective at layer 3" in one for one in said] == [True] * warned
 
 
 @pytest.mark.parametrize(

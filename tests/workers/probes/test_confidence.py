@@ -6,6 +6,7 @@ import itertools
 
 import numpy as np
 import pytest
+from sklearn.metrics import roc_auc_score
 
 from bathyscope_workers.probes import metrics
 from bathyscope_workers.probes.confidence import RiskCoverage, confidence_report, confidence_warnings
@@ -94,3 +95,14 @@ def test_the_better_side_shows_in_the_difference() -> None:
     assert wide["model"] == report["model"]
     plain = confidence_report(y, knows, guesses, None)
     assert plain["difference"]["aurc"] == {"value": report["difference"]["aurc"]["value"], "low": None, "high": None}
+
+
+def test_the_models_own_auroc_is_over_all_rows() -> None:
+    """Nothing of it was fitted in a fold, so its scores compare across them."""
+    rng = np.random.default_rng(0)
+    y, folds = rng.integers(0, 2, 200), np.arange(200) % 5
+    own = np.clip(0.5 + 0.1 * (y - 0.5) + 0.1 * (folds - 2) + 0.1 * rng.normal(size=200), 0.0, 1.0)
+    report = confidence_report(y, own, own, None, strata=folds)
+    assert report["model"]["auroc"]["value"] == pytest.approx(roc_auc_score(y, own))
+    assert report["probe"]["auroc"]["value"] != pytest.approx(roc_auc_score(y, own), abs=0.01)
+    assert report["difference"]["auroc"]["value"] == 0

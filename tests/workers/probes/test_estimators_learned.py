@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from scipy.optimize import minimize
 from scipy.special import expit, logsumexp, softmax
+from sklearn.metrics import roc_auc_score
 from sklearn.neural_network import MLPClassifier
 
 from bathyscope_workers.probes.estimators import LogisticEstimator, TokenStates, make_estimator
@@ -45,15 +46,35 @@ def test_the_perceptron_learns_what_no_line_separates() -> None:
     assert np.mean(np.argmax(curve, axis=1) == y[test]) > 0.85
 
 
+@pytest.mark.parametrize(("rows", "hidden"), [(100, 50), (300, 576)])
+def test_a_perceptron_of_few_rows_learns_what_a_line_learns(rows: int, hidden: int) -> None:
+    lines, curves = [], []
+    for seed in range(3):
+        rng = np.random.default_rng(seed)
+        y = rng.integers(0, 2, rows + 400)
+        X = rng.normal(size=(len(y), hidden))
+        X[:, :6] += 0.8 * (2 * y - 1)[:, None]
+        for name, found in (("logistic", lines), ("mlp", curves)):
+            fit = make_estimator(name, seed=seed).fit_path(X[:rows], y[:rows], 2)[0]
+            assert fit.converged
+            found.append(roc_auc_score(y[rows:], fit.decision_function(X[rows:])))
+    assert np.mean(lines) > 0.85
+    assert np.mean(curves) > np.mean(lines) - 0.05
+
+
 @pytest.mark.parametrize("classes", [2, 3])
-def test_the_formula_of_the_perceptron_is_scikit_learns(classes: int) -> None:
+@pytest.mark.parametrize("rows", [200, 2100])
+def test_the_formula_of_the_perceptron_is_scikit_learns(rows: int, classes: int) -> None:
     rng = np.random.default_rng(0)
-    X = rng.normal(size=(200, 12)) * 5 + 3
+    X = rng.normal(size=(rows, 12)) * 5 + 3
     y = np.argmax(X[:, :classes], axis=1)
-    fit = make_estimator("mlp", seed=3).fit_path(X, y, classes)[0]
+    fit = make_estimator("mlp", C=[0.05], seed=3).fit_path(X, y, classes)[0]
     Z = ((X - X.mean(0)) / X.std(0)).astype(np.float32)
+    training: dict[str, Any] = (
+        {"solver": "lbfgs", "tol": 1e-3} if rows < 2000 else {"solver": "adam", "n_iter_no_change": 25, "tol": 1e-4}
+    )
     reference = MLPClassifier(
-        (64,), alpha=1.0, max_iter=500, n_iter_no_change=20, early_stopping=True, random_state=3
+        (64,), alpha=20.0, max_iter=500, early_stopping=rows > 2000, random_state=3, **training
     ).fit(Z, y)
     assert fit.converged
     np.testing.assert_allclose(fit.predict_proba(X), reference.predict_proba(Z), atol=1e-4)
@@ -79,11 +100,14 @@ def test_the_perceptron_predicts_values() -> None:
     assert np.abs(np.mean(fit.decision_function(X[600:]) - y[600:])) < 10
 
 
+@pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
 @pytest.mark.parametrize("rows", [4, 30])
 def test_a_perceptron_of_few_rows(rows: int) -> None:
     X = np.random.default_rng(0).normal(size=(rows, 6))
     y = np.arange(rows) % 2
-    assert np.isfinite(make_estimator("mlp").fit_path(X, y, 2)[0].predict_proba(X)).all()
+    fit = make_estimator("mlp").fit_path(X, y, 2)[0]
+    assert fit.converged
+    assert np.isfinite(fit.predict_proba(X)).all()
 
 
 def by_formula(name: str, tensors: dict[str, Any], S: Any) -> Any:

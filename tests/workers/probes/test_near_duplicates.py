@@ -51,7 +51,7 @@ edited = st.tuples(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(st.lists(edited, min_size=1, max_size=10), st.sampled_from([0.3, 0.5, 0.8, 1.0]))
 def test_pairs_are_those_of_the_definition(drawn: Any, threshold: float) -> None:
     rows = []
@@ -95,6 +95,26 @@ def test_a_long_prompt_makes_nothing_a_duplicate() -> None:
     assert len(found(rows, 0.8)) == 100
     rows[7] = [*rows[3][:-1], 9999]
     assert len(found(rows, 0.5)) == 99
+
+
+@pytest.mark.parametrize(
+    ("families", "members", "others", "alike"), [(4, 25, 0, 100), (2, 30, 0, 60), (1, 25, 60, 25), (0, 0, 100, 0)]
+)
+def test_a_large_family_of_copies_is_told(families: int, members: int, others: int, alike: int) -> None:
+    """Which of them are copies and which are questions of a template the words do not say."""
+    rng = np.random.default_rng(0)
+    rows = []
+    for family in range(families):
+        text = rng.integers(0, 5000, 40).tolist()
+        rows += [[*text[:20], 10_000 + 100 * family + number, *text[21:]] for number in range(members)]
+    rows += [rng.integers(0, 5000, 40).tolist() for _ in range(others)]
+    assert near_duplicates(*laid_out(rows), 0.8).alike == alike
+
+
+def test_a_prompt_before_every_input_is_no_family() -> None:
+    rng = np.random.default_rng(0)
+    prompt = rng.integers(0, 5000, 100).tolist()
+    assert near_duplicates(*laid_out([prompt + rng.integers(0, 5000, 6).tolist() for _ in range(100)]), 0.8).alike == 0
 
 
 def test_short_and_empty_inputs() -> None:

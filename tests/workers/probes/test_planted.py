@@ -9,7 +9,7 @@ from scipy.special import expit
 
 from bathyscope_workers.probes import SweepConfig, sweep
 
-QUICK = SweepConfig(bootstrap=200, selectivity=False)
+QUICK = SweepConfig(bootstrap=200, selectivity=False, threads=1)
 
 
 def test_noise_is_called_noise() -> None:

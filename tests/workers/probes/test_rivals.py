@@ -99,7 +99,17 @@ def test_a_probe_that_learns_groups_by_heart_is_not() -> None:
     assert found["training"] > 0.99
     assert found["selectivity"]["high"] < 0
     assert (found["types"], found["recurring"]) == (40, 200)
-    assert any("not selective" in warning for warning in found["warnings"])
+    assert any("not shown to be selective" in warning for warning in found["warnings"])
+
+
+@pytest.mark.parametrize("share", [0.05, 0.1])
+def test_few_positives_are_no_sign_of_learning_by_heart(share: float) -> None:
+    states, y, _ = planted(rows=400, layers=2, strength=4.0)
+    kept = np.flatnonzero((y == 0) | (np.cumsum(y) <= share * (y == 0).sum()))
+    found = control(states[kept, 1:], y[kept])
+    assert found["chance"] == pytest.approx((y[kept] == 0).mean())
+    assert found["selectivity"]["low"] <= 0
+    assert not any("selective" in warning for warning in found["warnings"])
 
 
 def test_what_learning_by_heart_takes_shows_in_training() -> None:

@@ -5,10 +5,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bathyscope._targets import encode_labels
 from bathyscope.errors import InvalidRequest
 from bathyscope_workers.probes.near_duplicates import NearDuplicates
 from bathyscope_workers.probes.splits import inner_folds, input_keys, make_folds
-from bathyscope_workers.probes.targets import encode_labels
 
 
 def targets_of(labels: Any) -> Any:
@@ -187,8 +187,8 @@ def test_values_are_dealt_evenly() -> None:
     assert np.std(means) < 0.05  # of rows dealt at random 0.16
 
 
-def near(clusters: list[int], complete: bool = True) -> NearDuplicates:
-    return NearDuplicates(np.array(clusters), 1, complete)
+def near(clusters: list[int], complete: bool = True, alike: int = 0) -> NearDuplicates:
+    return NearDuplicates(np.array(clusters), 1, complete, alike)
 
 
 def test_near_duplicates_join_groups_and_are_said() -> None:
@@ -200,6 +200,9 @@ def test_near_duplicates_join_groups_and_are_said() -> None:
     assert tied.clusters.tolist() == [0, 0, 0, 0, 1, 1, 2, 2]
     cut = make_folds(labels, folds=2, near=near([*range(8)], complete=False))
     assert any("not every pair" in warning for warning in cut.warnings)
+    copies = near([*range(8)], alike=6)
+    assert any("6 inputs are" in warning for warning in make_folds(labels, folds=2, near=copies).warnings)
+    assert not make_folds(labels, folds=2, groups=[0, 0, 1, 1, 2, 2, 3, 3], near=copies).warnings
     with pytest.raises(InvalidRequest, match="near_duplicates"):
         make_folds(labels, folds=4, near=near([0] * 6 + [1, 2]))
 
@@ -207,3 +210,11 @@ def test_near_duplicates_join_groups_and_are_said() -> None:
 def test_near_duplicates_across_a_given_split_are_leakage() -> None:
     folds = make_folds(targets_of([0, 1] * 3), split=["train"] * 4 + ["test"] * 2, near=near([0, 1, 2, 3, 3, 4]))
     assert any(warning.startswith("Leakage") and "2 rows" in warning for warning in folds.warnings)
+
+
+def test_no_remedy_is_one_that_is_refused_itself() -> None:
+    """Two folds are the fewest that can be asked for."""
+    targets = encode_labels([0, 1] * 4, 8)
+    with pytest.raises(InvalidRequest, match="more inputs that differ") as caught:
+        make_folds(targets, folds=2, keys=["same"] * 8)
+    assert "at most 1" not in caught.value.detail

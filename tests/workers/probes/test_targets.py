@@ -4,8 +4,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from bathyscope._targets import MAX_CLASSES, encode_groups, encode_labels
 from bathyscope.errors import InvalidRequest
-from bathyscope_workers.probes.targets import MAX_CLASSES, encode_groups, encode_labels
 
 
 @pytest.mark.parametrize(
@@ -15,7 +15,7 @@ from bathyscope_workers.probes.targets import MAX_CLASSES, encode_groups, encode
         ([3, 1, 3], (1, 3), [1, 0, 1], "binary"),
         ([1.0, 0, 2], (0, 1, 2), [1, 0, 2], "multiclass"),
         (["b", "a", "c", "a"], ("a", "b", "c"), [1, 0, 2, 0], "multiclass"),
-        ([10**400, 0], (0, 10**400), [1, 0], "binary"),
+        ([2**64 - 1, -(2**63)], (-(2**63), 2**64 - 1), [1, 0], "binary"),
         (np.array([True, False]), (False, True), [1, 0], "binary"),
         (np.array([5, 7], dtype=np.int32), (5, 7), [0, 1], "binary"),
     ],
@@ -40,6 +40,9 @@ def test_codes(labels: Any, classes: tuple[Any, ...], codes: list[int], task: st
         ([0, math.nan], 2, "/labels/1"),
         ([math.inf, 1], 2, "/labels/0"),
         ([0, [1]], 2, "/labels/1"),
+        ([0.0, 1e300], 2, "/labels/1"),
+        ([-1e20, 5.0], 2, "/labels/0"),
+        ([2**64, 0], 2, "/labels/0"),
         (list(range(MAX_CLASSES + 1)), MAX_CLASSES + 1, "/labels"),
         ([], 0, "/labels"),
     ],
@@ -82,6 +85,8 @@ def test_values(labels: list[Any], task: str) -> None:
         ([True, False], "regression", "/labels"),
         ([0.0, 1e101], "regression", "/labels/1"),
         ([0, 10**400], "regression", "/labels/1"),
+        ([0.0, 5e-324], "regression", "/labels"),
+        ([1e-310, 3e-320], "auto", "/labels"),
         ([0.0, math.nan], "regression", "/labels/1"),
         ([0.5, 1.0], "binary", "/labels"),
         ([0.5, 1.0], "multiclass", "/labels"),

@@ -6,7 +6,7 @@
 
 Several workers may share a data folder. Who asks gets hard links of his own, so that a folder that is removed to make
 room takes nothing from a job that runs. Files are verified by their SHA-256 when they come, by their size when they
-are used, and by their SHA-256 again the first time that a process uses them.
+are used, and by their SHA-256 again the first time that a process uses them, and after an engine has refused them.
 """
 
 from __future__ import annotations
@@ -45,6 +45,15 @@ class AdapterCache:
             await asyncio.to_thread(self._make_room, keep=digest)
         return target
 
+    async def distrust(self, digest: str, blobs: Blobs, placed: Path) -> bool:
+        """Whether the files that were put at `placed` are not those of the store: what is kept is then verified again,
+        byte by byte, before it is used.
+        """
+        rotten = not await asyncio.to_thread(_equal, placed, blobs)
+        if rotten:
+            self._verified.discard(digest)
+        return rotten
+
     async def sweep(self) -> None:
         """Remove what processes that died left half made, and what is beyond the bound."""
         await asyncio.to_thread(self._sweep)
@@ -69,7 +78,7 @@ class AdapterCache:
             if any((home / ROLES[role]).stat().st_size != blob.bytes for role, blob in blobs.items()):
                 return False
             if digest not in self._verified:
-                if any(_sha256(home / ROLES[role]) != blob.sha256 for role, blob in blobs.items()):
+                if not _equal(home, blobs):
                     return False
                 self._verified.add(digest)
         except OSError:
@@ -165,6 +174,13 @@ class AdapterCache:
         with (locks / digest[:2]).open("wb") as file:
             fcntl.flock(file, fcntl.LOCK_EX)  # goes with the descriptor, and with a process that dies
             yield
+
+
+def _equal(folder: Path, blobs: Blobs) -> bool:
+    try:
+        return all(_sha256(folder / ROLES[role]) == blob.sha256 for role, blob in blobs.items())
+    except OSError:
+        return False
 
 
 def _sha256(path: Path) -> str:

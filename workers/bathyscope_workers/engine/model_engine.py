@@ -19,12 +19,12 @@ from structlog.contextvars import bound_contextvars
 from bathyscope import errors
 from bathyscope_workers.adapters.bank import RowsNotApart
 from bathyscope_workers.engine import answers, handlers
-from bathyscope_workers.engine.account import Batches
 from bathyscope_workers.engine.channel import Channel
 from bathyscope_workers.engine.problems import DeviceFault, problem_of
 from bathyscope_workers.engine.protocol import RunJob
 from bathyscope_workers.engine.residents import Residents
 from bathyscope_workers.engine.scheduler import Active, Row, Scheduler, next_to_tokenise
+from bathyscope_workers.engine.telling import Telling
 from bathyscope_workers.extraction.batch import run_batch, tokens_of
 from bathyscope_workers.extraction.cache import CacheOptions, RowCache
 from bathyscope_workers.extraction.extraction import Extraction
@@ -42,7 +42,6 @@ _log = structlog.get_logger(__name__)
 CPU_BATCH_TOKENS = 512
 """Small batches stay in the cache: 1024 were slower on CPU."""
 CUDA_BATCH_TOKENS = 16_384
-PROGRESS_SECONDS = 0.5
 TOKENISE_SECONDS = 0.05
 """Between two batches; a step begun is ended."""
 
@@ -78,21 +77,20 @@ class ModelEngine:
         self.device = Device.pick(limit_bytes=settings.memory_bytes, force_cpu=settings.force_cpu)
         self.renderer = ChatRenderer(seconds=settings.template_seconds)
         self.cache = None if settings.cache is None else RowCache(settings.cache)
+        self._tell = Telling(channel, self.cache)
         self.residents = Residents(
             self.device,
             self.renderer,
             lambda: self._jobs.values(),
             send=channel.send,
-            beat=self._beat,
-            announce=self._announce,
+            beat=self._tell.beat,
+            announce=self._tell.announce,
         )
         self.residency = self.residents.residency
         default = CPU_BATCH_TOKENS if self.device.type == "cpu" else CUDA_BATCH_TOKENS
         self.scheduler = Scheduler(batch_tokens=settings.batch_tokens or default)
         self._jobs: dict[str, Active] = {}
         """In order of arrival."""
-        self._running: list[str] = []
-        self._batches = Batches()
         self._stopping = False
 
     # --- the loop ---
@@ -128,9 +126,9 @@ class ModelEngine:
     def _take_commands(self) -> None:
         untidy = self.cache is not None and self.cache.tidy()
         if not self._jobs:
-            self._announce([])
+            self._tell.announce([])
             if self.cache is not None and self.cache.untold:
-                self._beat()
+                self._tell.beat()
         while not self._stopping:
             command = self._channel.get(block=not self._jobs and not untidy)
             if command is None:
@@ -214,7 +212,7 @@ class ModelEngine:
     def _handle(self, active: Active, resident: Resident, handler: handlers.Handler) -> None:
         """A job that is no extraction, done at once: a few forward passes."""
         started, began = time.monotonic(), time.time()
-        context = handlers.JobContext(active.job, beat=self._beat, progress=lambda *_: self._beat())
+        context = handlers.JobContext(active.job, beat=self._tell.beat, progress=lambda *_: self._tell.beat())
         wire = handler(active.job, resident, context)
         active.timings["inference"] = time.monotonic() - started
         active.stages.note("forward", began, time.time())
@@ -238,7 +236,7 @@ class ModelEngine:
 
     def _tokenise_step(self, active: Active) -> None:
         """The next inputs of one job."""
-        self._announce([active.job.id])
+        self._tell.announce([active.job.id])
         started = active.last_served = time.monotonic()
         with bound_contextvars(**active.job.names), active.stages.during("tokenise"):
             try:
@@ -250,9 +248,9 @@ class ModelEngine:
         if active.tokenised:
             active.last_served = 0.0
         else:
-            self._beat()
+            self._tell.beat()
             extraction = active.running
-            self._progress(active, "tokenise", extraction.read_inputs, extraction.total_inputs)
+            self._tell.progress(active, "tokenise", extraction.read_inputs, extraction.total_inputs)
 
     def _run_batch(self) -> None:
         turn = self.scheduler.next_turn(self._jobs.values())
@@ -262,21 +260,21 @@ class ModelEngine:
         if not rows:
             self._answer(turn.leader)
             return
-        self._announce(list(dict.fromkeys(one.active.job.id for one in rows)))
+        self._tell.announce(list(dict.fromkeys(one.active.job.id for one in rows)))
         self._forward(rows)
-        self._beat()
+        self._tell.beat()
         for active in dict.fromkeys(one.active for one in rows):
             if not self._is_active(active):
                 continue
             extraction = active.running
             if not extraction.complete:
-                self._progress(active, "forward", extraction.done_rows, extraction.total_rows)
+                self._tell.progress(active, "forward", extraction.done_rows, extraction.total_rows)
         self._complete()
 
     def _complete(self) -> None:
         """Go on with jobs that have nothing left to compute; one whose rows were all there waits for no batch."""
         for active in [one for one in self._jobs.values() if one.tokenised and one.running.complete]:
-            self._announce([active.job.id])
+            self._tell.announce([active.job.id])
             try:
                 filled = active.running.fill_step()
             except Exception as error:
@@ -285,20 +283,20 @@ class ModelEngine:
             if filled:
                 self._finish(active)
             else:
-                self._beat()
+                self._tell.beat()
 
     def _answer(self, active: Active) -> None:
         """Go on with a job's answers in words for a moment."""
-        self._announce([active.job.id])
+        self._tell.announce([active.job.id])
         generation = active.running.generation
         assert generation is not None
         budget = self.scheduler.budget(active.running.resident)
-        fault = answers.go_on(active, budget, self._batches, self.device)
-        self._beat()
+        fault = answers.go_on(active, budget, self._tell.batches, self.device)
+        self._tell.beat()
         if fault is not None:
             self._fail(active, fault)
         elif generation.waiting:
-            self._progress(active, "generate", generation.done, generation.total)
+            self._tell.progress(active, "generate", generation.done, generation.total)
         else:
             self._finish(active)
 
@@ -335,7 +333,7 @@ class ModelEngine:
         # Of texts that begin alike fewer went through the model than they have.
         tokens = min(padded, sum(one.active.running.row_ids(one.row).size for one in rows))
         resident = rows[0].active.running.resident
-        self._batches.add(resident.key, rows=len(rows), tokens=tokens, padded=padded, seconds=seconds)
+        self._tell.batches.add(resident.key, rows=len(rows), tokens=tokens, padded=padded, seconds=seconds)
 
     def _split(self, rows: list[Row], actives: list[Active], error: Exception) -> list[list[Row]]:
         """What to try after a failure; nothing when the one job to blame was failed."""
@@ -377,7 +375,7 @@ class ModelEngine:
                 if finisher is None:
                     wire = result.to_wire()
                 else:
-                    context = handlers.JobContext(job, beat=self._beat, progress=lambda *_: self._beat())
+                    context = handlers.JobContext(job, beat=self._tell.beat, progress=lambda *_: self._tell.beat())
                     wire = finisher(job, result, context)
             except Exception as error:
                 self._fail(active, error)
@@ -432,29 +430,6 @@ class ModelEngine:
 
     def _is_active(self, active: Active) -> bool:
         return self._jobs.get(active.job.id) is active
-
-    # --- events ---
-
-    def _beat(self) -> None:
-        event: dict[str, Any] = {"ev": "beat"}
-        if batches := self._batches.take():
-            event["batches"] = batches
-        if self.cache is not None and (counts := self.cache.take_counts()):
-            event["cache"] = counts
-        self._channel.send(event)
-
-    def _announce(self, ids: list[str]) -> None:
-        if set(ids) != set(self._running):
-            self._running = ids
-            self._channel.send({"ev": "running", "ids": ids})
-
-    def _progress(self, active: Active, stage: str, done: int, total: int) -> None:
-        now = time.monotonic()
-        if now - active.last_progress >= PROGRESS_SECONDS:
-            active.last_progress = now
-            self._channel.send(
-                {"ev": "progress", "id": active.job.id, "stage": stage, "done": done, "total": total, "unit": "inputs"}
-            )
 
 
 def _shares(rows: list[Row], actives: list[Active]) -> list[tuple[Extraction, list[int]]]:

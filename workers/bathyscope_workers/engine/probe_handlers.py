@@ -7,6 +7,7 @@ time.
 from __future__ import annotations
 
 import dataclasses
+import operator
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +33,12 @@ def train(job: RunJob, context: JobContext) -> dict[str, Any]:
     labels, groups, split = (list(column) for column in zip(*rows, strict=True))
     own: dict[str, Any] = {}
     if "choices_path" in spec:
-        correct, own["confidence"] = read_scores(spec["choices_path"], *spec["choices_lines"])
+        correct, confidence = read_scores(spec["choices_path"], *spec["choices_lines"])
         if spec["labels"] == "correct":
             refuse_one_answer(sum(correct), len(correct))
             labels = correct
+        if _say_right(labels, correct):
+            own["confidence"] = confidence
     held: list[int] = spec["held_layers"]
     depth = spec["num_layers"]
     wanted = held if spec["layers"] == "all" else _resolved(spec["layers"], held, depth)
@@ -61,6 +64,11 @@ def train(job: RunJob, context: JobContext) -> dict[str, Any]:
     report_path.write_bytes(orjson.dumps(result.report.to_dict()))
     dataclasses.replace(result.probe, identity=spec["identity"]).save(weights_path)
     return {"report_path": str(report_path), "weights_path": str(weights_path)}
+
+
+def _say_right(labels: list[Any], correct: list[bool]) -> bool:
+    """Whether labels can be of what the model's confidence is of: true where it is right, if by another's judgement."""
+    return {*labels} <= {False, True} and 2 * sum(map(operator.eq, labels, correct)) > len(correct)
 
 
 def _resolved(asked: list[int], held: list[int], depth: int) -> list[int]:

@@ -92,10 +92,21 @@ class JobWork:
     kept: dict[Path, Blob] = field(default_factory=dict)
     """Result files that are uploaded: `conclude` is called again when the store or Redis is away in the midst of it."""
 
-    @property
-    def adapters(self) -> AdapterCache:
-        """Converted adapters on this machine."""
-        return adapter_cache(self.plane)
+    placed: dict[str, Blobs] = field(default_factory=dict)
+    """The files, by digest, of the adapters that were put into the scratch folder."""
+
+    async def place(self, digest: str, blobs: Blobs) -> Path:
+        """Where the files of an adapter lie on this machine, for this job alone."""
+        folder = self.scratch / digest
+        if digest not in self.placed:
+            await adapter_cache(self.plane).place(digest, blobs, folder)
+            self.placed[digest] = blobs
+        return folder
+
+    async def distrust(self) -> bool:
+        """Whether an adapter came from this machine's disk other than it is in the store; another try has it anew."""
+        cache, placed = adapter_cache(self.plane), self.placed.items()
+        return any([await cache.distrust(digest, blobs, self.scratch / digest) for digest, blobs in placed])
 
     @property
     def spec(self) -> dict[str, Any]:

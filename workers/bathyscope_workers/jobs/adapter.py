@@ -2,7 +2,8 @@
 
 What is fetched becomes a PEFT folder in the store, and the job is handed over to the base model's lane with its
 address. Only when the adapter was attached to the real base, and its effect measured, is the resource committed:
-nothing is visible before. An owner has each digest once: a job that comes to one that is there gives that one.
+nothing is visible before. An owner has each digest once for each base: a job that comes to one that is there gives
+that one.
 """
 
 from __future__ import annotations
@@ -113,7 +114,7 @@ async def _copy(plane: Backplane, key: str, target: Path) -> None:
 
 async def _hand_over(work: JobWork, result: dict[str, Any]) -> Handover | Existing:
     shelf, owner, digest = work.plane.catalogue.shelf, work.lease.owner, result["digest"]
-    known = await shelf.with_digest(owner, digest)
+    known = await shelf.with_digest(owner, digest, result["base_model"])
     if known is not None and (same := await _stands(work, known)) is not None:
         return Existing(f"/v1/adapters/{same.id}")
     if (name := work.spec.get("name")) is not None:
@@ -187,7 +188,7 @@ async def _attach(work: JobWork) -> dict[str, Any]:
     # An earlier attempt may have got as far as to name files that others brought, and removed its own.
     blobs = await work.plane.catalogue.shelf.hold(digest, _claim_of(work)) or _blobs(work.payload["staged"])
     work.attached = blobs
-    path = await work.adapters.place(digest, blobs, work.scratch / digest)
+    path = await work.place(digest, blobs)
     return work.run_command(resident=work.resident.to_wire(), extra={"adapter": {"digest": digest, "path": str(path)}})
 
 
@@ -196,7 +197,8 @@ async def _describe(work: JobWork, effect: dict[str, Any]) -> Resource | Existin
     digest, name, staged = converted["digest"], spec.get("name"), work.attached or _blobs(work.payload["staged"])
     dead: list[Claim] = []
     while True:
-        blobs = await plane.catalogue.shelf.claim(_claim_of(work), work.lease.owner, digest, name, staged, dead)
+        what = (digest, converted["base_model"], name)
+        blobs = await plane.catalogue.shelf.claim(_claim_of(work), work.lease.owner, *what, staged, dead)
         if not isinstance(blobs, Taken):
             break
         resource = await _stands(work, blobs.by)
@@ -253,7 +255,8 @@ async def _release(work: JobWork, blobs: Blobs, *, claims: bool = True) -> None:
     """Give the share in some files back, and digest and name with it; files go when nobody else has a share."""
     shelf, key = work.plane.catalogue.shelf, blobs["weights"].key
     owner, name = (work.lease.owner, work.spec.get("name")) if claims else ("", None)
-    if await shelf.release([_claim_of(work)], owner, key.split("/")[1], name, key):
+    base = work.payload.get("converted", {}).get("base_model", "")  # in the first part nothing is claimed yet
+    if await shelf.release([_claim_of(work)], owner, key.split("/")[1], base, name, key):
         for blob in blobs.values():
             await work.plane.store.delete(blob.key)
 

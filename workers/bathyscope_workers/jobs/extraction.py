@@ -42,9 +42,7 @@ async def _variants(work: JobWork) -> list[dict[str, Any] | None] | None:
             continue
         adapter = await work.needed(variant["id"])
         digest = adapter.body["digest"]
-        folder = work.scratch / digest
-        if not folder.exists():
-            await work.adapters.place(digest, adapter.blobs, folder)
+        folder = await work.place(digest, adapter.blobs)
         found.append({"digest": digest, "path": str(folder)})
     return found
 

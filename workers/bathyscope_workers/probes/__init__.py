@@ -4,12 +4,12 @@ Pure functions on arrays: nothing here knows of queues, HTTP or models. `sweep` 
 predicts and is the file.
 """
 
+from bathyscope._targets import Targets, encode_labels
 from bathyscope_workers.probes.config import SweepConfig
 from bathyscope_workers.probes.model import FittedProbe, ProbeFormatError
 from bathyscope_workers.probes.report import Report
 from bathyscope_workers.probes.splits import Folds, input_keys, make_folds
 from bathyscope_workers.probes.sweep import SweepResult, sweep
-from bathyscope_workers.probes.targets import Targets, encode_labels
 
 __all__ = [
     "FittedProbe",

@@ -62,7 +62,10 @@ def check_baselines(names: Sequence[str], *, task: str, inputs: Inputs) -> tuple
         elif name == "model_confidence" and task != "binary":
             detail = "the model's own confidence says right or wrong: it goes with two classes"
         elif name == "model_confidence" and inputs.confidence is None:
-            detail = 'the model\'s own confidence is not known; extract with score_choices and give labels "correct"'
+            detail = (
+                "the model's own confidence goes with an extraction with score_choices, and with labels that say where "
+                'the model is right: "correct", or true and false'
+            )
         if detail is not None:
             title = f"There is no baseline {name!r}." if name not in OFFERED else f"{name} cannot be had here."
             raise InvalidRequest(title, errors=[FieldError(pointer=f"/baselines/{index}", detail=detail)])
@@ -74,7 +77,7 @@ def baseline_scores(name: str, plan: Plan, inputs: Inputs) -> Scores | str:
     if name == "model_confidence":
         assert inputs.confidence is not None
         own = inputs.confidence[plan.folds.held_out]
-        return plan.score(np.stack([1.0 - own, own], axis=1))
+        return plan.score(np.stack([1.0 - own, own], axis=1), fitted=False)
     if name == "length":
         if inputs.lengths is None:
             return "The length baseline is missing: the states came without token counts."

@@ -31,7 +31,8 @@ from bathyscope_workers.probes.estimators._base import Codes, Floats
 METHODS = ("none", "platt", "isotonic", "temperature")
 
 _LOG_TEMPERATURES = (-7.0, 7.0)
-"""Between a thousandth and a thousand: beyond lies a probe that separates its rows, or one that says nothing."""
+"""Between a thousandth and a thousand times the spread of the scores: beyond lies a probe that separates its rows, or
+one that says nothing."""
 
 
 @dataclass(frozen=True)
@@ -104,13 +105,15 @@ def _temperature(scores: Floats, y: Codes) -> float:
     rows = np.arange(len(y))
     pair = np.stack([-scores / 2, scores / 2], axis=1) if scores.ndim == 1 else scores
     shifted = pair - pair.max(axis=1, keepdims=True)
+    spread = float(shifted.std()) or 1.0
+    shifted /= spread
 
     def loss(log_temperature: float) -> float:
         divided = shifted / np.exp(log_temperature)
         return float(np.mean(np.log(np.exp(divided).sum(axis=1)) - divided[rows, y]))
 
     found = minimize_scalar(loss, bounds=_LOG_TEMPERATURES, method="bounded", options={"xatol": 1e-8})
-    return float(np.exp(found.x))
+    return float(np.exp(found.x)) * spread
 
 
 def _platt(values: Floats, positive: Codes) -> tuple[float, float]:

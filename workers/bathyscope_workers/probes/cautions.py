@@ -7,6 +7,7 @@ from typing import Any
 
 from bathyscope_workers.probes.metrics import Figure
 from bathyscope_workers.probes.report import Scores
+from bathyscope_workers.probes.resampling import MIN_CLUSTERS
 
 FEW_ROWS = 20
 """Rows of a class below which figures are called rough."""
@@ -32,7 +33,10 @@ def about_rows(
     ]
     if task == "regression" and rows < FEW_ROWS:
         found.append(f"Only {rows} scored rows: figures and intervals are rough.")
-    if clusters < rows and clusters < FEW_CLUSTERS:
+    if clusters < MIN_CLUSTERS:
+        what = "rows" if clusters == rows else "groups"
+        found.append(f"The scored rows are of {clusters} {what} only: too few for intervals, and none is given.")
+    elif clusters < rows and clusters < FEW_CLUSTERS:
         found.append(f"Only {clusters} groups: intervals that draw whole groups are too narrow with so few.")
     if task == "binary" and target_fpr * counts[0] < 1:
         found.append(
@@ -46,7 +50,13 @@ def about_figures(held_out: Scores, *, task: str, counts: Sequence[int]) -> list
     """Of the score of the whole procedure."""
     found = []
     name, chance, figure = _main(held_out, task)
-    if figure.low is not None and figure.low <= chance:
+    if figure.high is not None and figure.high < chance:
+        found.append(
+            f"The interval of the held-out {name} ({figure.low:.3f} to {figure.high:.3f}) is below chance "
+            f"({chance:g}): look for labels that are flipped in some rows, or for rows of a fold that "
+            "tell of those of another."
+        )
+    elif figure.low is not None and figure.low <= chance:
         found.append(
             f"The interval of the held-out {name} ({figure.low:.3f} to {figure.high:.3f}) spans chance ({chance:g}): "
             "these rows do not show that the probe reads anything."
@@ -111,14 +121,20 @@ def about_calibration(method: str, before: Scores, after: Scores, rows: int) -> 
 
 
 def about_selectivity(selectivity: Mapping[str, Any]) -> list[str]:
-    """Of a control task that the same estimator learns as well as the labels."""
-    figure, layer, metric = selectivity["selectivity"], selectivity["layer"], selectivity["metric"]
+    """Of a control task that the same estimator learns, by heart, about as well as the labels.
+
+    Where no group or input occurs twice nothing can be learned by heart, and a control at chance has learned nothing:
+    the probe is no better than it for another reason then.
+    """
+    figure, control = selectivity["selectivity"], selectivity["control"]
     bar = figure["value"] if figure["low"] is None else figure["low"]
-    if bar is None or bar > 0:
+    learned = control["value"] if control["low"] is None else control["low"]
+    if bar is None or bar > 0 or not selectivity["recurring"] or learned <= selectivity["chance"]:
         return []
     return [
-        f"The probe is not selective at layer {layer}: labels drawn at random for each group or input are learned "
-        f"as well ({metric} {selectivity['control']['value']:.3f} against {selectivity['probe']['value']:.3f})."
+        f"The probe is not shown to be selective at layer {selectivity['layer']}: labels drawn at random for each "
+        f"group or repeated input are learned about as well where its rows are on both sides ({selectivity['metric']} "
+        f"{control['value']:.3f} against {selectivity['probe']['value']:.3f})."
     ]
 
 

@@ -111,7 +111,8 @@ def confidence_report(
     """
     correct = np.asarray(y) == 1
     probe = _statistics(y, probe_probability, strata, coverages)
-    model = _statistics(y, model_confidence, strata, coverages)
+    model = _statistics(y, model_confidence, None, coverages)  # fitted on no fold: compared across them
+    paired = _statistics(y, model_confidence, strata, coverages)
     rows = len(y)
     report: dict[str, Any] = {
         "rows": rows,
@@ -120,7 +121,7 @@ def confidence_report(
         "probe": _side(y, probe_probability, probe, resamples, spread),
         "model": _side(y, model_confidence, model, resamples, 1.0),
         "difference": {
-            name: _difference(probe[name], model[name], rows, resamples, spread).to_dict()
+            name: _difference(probe[name], paired[name], rows, resamples, spread).to_dict()
             for name in ("auroc", "ece", "brier", "aurc")
         },
     }

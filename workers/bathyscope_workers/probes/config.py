@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from bathyscope._targets import refused
 from bathyscope.errors import FieldError, InvalidRequest
 from bathyscope_workers.probes.estimators import Estimator
 from bathyscope_workers.probes.near_duplicates import DEFAULT_THRESHOLD
-from bathyscope_workers.probes.targets import refused
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from bathyscope._targets import Targets
 from bathyscope.errors import FieldError, InvalidInput, JobCancelled
 from bathyscope_workers.probes import metrics, regression
 from bathyscope_workers.probes.calibration import fit_calibrator
@@ -25,7 +26,6 @@ from bathyscope_workers.probes.metrics import Figure, cross_validation_spread, f
 from bathyscope_workers.probes.report import Scores
 from bathyscope_workers.probes.resampling import Resamples
 from bathyscope_workers.probes.splits import Folds
-from bathyscope_workers.probes.targets import Targets
 
 Rows = NDArray[np.int64]
 
@@ -139,6 +139,11 @@ class Plan:
         """By how much intervals are widened; see `metrics.cross_validation_spread`."""
         return cross_validation_spread(self.folds.count)
 
+    def with_labels(self, y: NDArray[Any]) -> Plan:
+        """The same with other codes, or values, of the rows."""
+        targets = replace(self.targets, codes=y) if self.classes else replace(self.targets, values=y)
+        return replace(self, targets=targets)
+
     def states(self, states: NDArray[Any], index: int) -> Any:
         """One layer as the estimator reads it: (rows, hidden) in float64, or `TokenStates`."""
         return layer_states(states, index) if self.offsets is None else token_states(states, index, self.offsets)
@@ -151,18 +156,20 @@ class Plan:
         """Decision values as predictions: probabilities, or the values themselves."""
         return probabilities(scores) if self.classes else scores
 
-    def score(self, predictions: Floats) -> Scores:
-        """Score predictions of the held-out rows: (held-out rows, classes), or values (held-out rows,)."""
+    def score(self, predictions: Floats, *, fitted: bool = True) -> Scores:
+        """Score predictions of the held-out rows: (held-out rows, classes), or values (held-out rows,).
+
+        Those that were not `fitted` to any rows compare across folds, and their intervals need no widening.
+        """
         y, resamples = self.targets.y[self.folds.held_out], self.resamples
+        strata, spread = (self.strata, self.spread) if fitted else (None, 1.0)
         if not self.classes:
-            figures = regression.score_values(
-                y, predictions, strata=self.strata, resamples=resamples, spread=self.spread
-            )
+            figures = regression.score_values(y, predictions, strata=strata, resamples=resamples, spread=spread)
             return Scores(figures)
         figures = metrics.score(
-            y, predictions, strata=self.strata, resamples=resamples, target_fpr=self.target_fpr, spread=self.spread
+            y, predictions, strata=strata, resamples=resamples, target_fpr=self.target_fpr, spread=spread
         )
-        parts = brier_decomposition(y, predictions, resamples=resamples, spread=self.spread)
+        parts = brier_decomposition(y, predictions, resamples=resamples, spread=spread)
         return Scores(figures, metrics.reliability(y, predictions), parts)
 
     def main(self, y: NDArray[Any], predictions: Floats, strata: Codes) -> float:
@@ -306,10 +313,8 @@ def cross_validate(estimator: Estimator, X: Any, y: NDArray[Any], plan: Plan) ->
 def out_of_fold(estimator: Estimator, X: Any, y: NDArray[Any], plan: Plan) -> Floats:
     """Decision values of the held-out rows, by an estimator with one penalty."""
     scores = plan.blank(len(y))
-    part = replace(plan, targets=replace(plan.targets, codes=y) if plan.classes else replace(plan.targets, values=y))
-    for fits, (_, test) in zip(
-        fit_sets(estimator, X, part, [train for train, _ in plan.folds]), plan.folds, strict=True
-    ):
+    trainings = [train for train, _ in plan.folds]
+    for fits, (_, test) in zip(fit_sets(estimator, X, plan.with_labels(y), trainings), plan.folds, strict=True):
         scores[test] = fits[0].decision_function(X[test])
     return scores[plan.folds.held_out]
 

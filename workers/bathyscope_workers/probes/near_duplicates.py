@@ -6,7 +6,9 @@ takes `SHINGLE` of the n - 2 shingles, so 0.8 means one changed word in about th
 
 Shingles that stand in more than a fifth of the inputs (and in more than `COMMON_ROWS`) do not count: they are the
 prompt around the question, the same few-shot examples, a template. Inputs are compared by what is their own; counted
-in, a long prompt would make all of them one. An input with no shingle of its own is like no other.
+in, a long prompt would make all of them one. An input with no shingle of its own is like no other. Many copies of one
+text, edited here and there, look the same as questions of one template, so they are not tied either; where that may be
+so (see `NearDuplicates.alike`) only groups can tell.
 
 Candidates come from a prefix filter (Chaudhuri, Ganti & Kaushik 2006; Bayardo, Ma & Srikant 2007): with every set in
 one order, rarest shingles first, two sets of similarity t share a shingle among the first |A| - ceil(t |A|) + 1 of A
@@ -35,6 +37,9 @@ SHINGLE = 3
 
 COMMON_SHARE = 0.2
 """Share of the inputs above which a shingle is part of the prompt, not of the input."""
+
+PROMPT_SHARE = 0.8
+"""Share of the inputs above which a common shingle is surely of a prompt or template, and of no family of copies."""
 
 COMMON_ROWS = 20
 """With few inputs: a shingle in no more than so many always counts."""
@@ -67,19 +72,25 @@ class NearDuplicates:
     complete: bool
     """Whether every pair that could have reached it was compared."""
 
+    alike: int
+    """Inputs whose shingles, but for a share of 1 - threshold, are those of more than a fifth of the inputs and not of
+    nearly all: of one template, or copies of one text."""
+
 
 def near_duplicates(
     token_ids: NDArray[Any], offsets: NDArray[Any], threshold: float = DEFAULT_THRESHOLD
 ) -> NearDuplicates:
     """Tie near-duplicates; `token_ids` (tokens,) and `offsets` (inputs + 1,) are those of an extraction."""
     rows = len(offsets) - 1
-    sets = _ranked(_shingles(np.asarray(token_ids), np.asarray(offsets, dtype=np.int64)))
+    entries, own, shared = _shingles(np.asarray(token_ids), np.asarray(offsets, dtype=np.int64))
+    sets = _ranked(entries)
     left, right, complete = _candidates(sets, threshold)
     near = _similar(sets, left, right, threshold)
     left, right = left[near], right[near]
     edges = coo_array((np.ones(len(left), dtype=np.int8), (left, right)), shape=(rows, rows))
     _, clusters = connected_components(edges, directed=False)
-    return NearDuplicates(clusters.astype(np.int64), len(left), complete)
+    alike = (shared > 0) & (own <= (1 - threshold) * (own + shared))
+    return NearDuplicates(clusters.astype(np.int64), len(left), complete, int(alike.sum()))
 
 
 @dataclass(frozen=True)
@@ -102,20 +113,26 @@ class _Sets:
         return np.diff(self.starts)
 
 
-def _shingles(token_ids: NDArray[Any], offsets: _Ints) -> tuple[int, _Ints, _Hashes]:
-    """(rows, row of each entry, hash of each entry), without the shingles of the prompt, at most `SKETCH` a row."""
+def _shingles(token_ids: NDArray[Any], offsets: _Ints) -> tuple[tuple[int, _Ints, _Hashes], _Ints, _Ints]:
+    """(rows, row of each entry, hash of each entry), without common shingles, at most `SKETCH` a row; for each row, how
+    many it has of its own, and how many that are common though not to nearly all rows.
+    """
     rows = len(offsets) - 1
     held = np.zeros(_BUCKETS, dtype=np.int64)  # rows by the hash's low bits: at least as many as hold the shingle
     for _, hashes in _chunks(token_ids, offsets):
         held += np.bincount(hashes.astype(np.int64) & (_BUCKETS - 1), minlength=_BUCKETS)
     found_rows, found_hashes = [], []
+    counts = np.zeros((2, rows), dtype=np.int64)
     for row, hashes in _chunks(token_ids, offsets):
-        own = held[hashes.astype(np.int64) & (_BUCKETS - 1)] <= _common(rows)
+        holders = held[hashes.astype(np.int64) & (_BUCKETS - 1)]
+        own = holders <= _common(rows)
+        counts[0] += np.bincount(row[own], minlength=rows)
+        counts[1] += np.bincount(row[~own & (holders <= PROMPT_SHARE * rows)], minlength=rows)
         row, hashes = row[own], hashes[own]
         place = np.arange(len(row)) - np.searchsorted(row, row)
         found_rows.append(row[place < SKETCH])
         found_hashes.append(hashes[place < SKETCH])
-    return rows, np.concatenate(found_rows), np.concatenate(found_hashes)
+    return (rows, np.concatenate(found_rows), np.concatenate(found_hashes)), counts[0], counts[1]
 
 
 def _common(rows: int) -> int:

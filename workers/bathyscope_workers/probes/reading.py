@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from bathyscope._probe_file import not_finite
 from bathyscope.errors import FieldError, InvalidInput
 from bathyscope_workers.probes.model import FittedProbe
 
@@ -44,15 +45,17 @@ def read(
 
     `pooling` and `positions` are those of the states that the probe was made for, and applied here where the source
     kept every token. With `threshold` also `decisions`; with `per_token`, which needs every token, `token_scores`,
-    (tokens,) or (tokens, classes). Raises `InvalidInput` for an input that lacks the positions.
+    (tokens,) or (tokens, classes). Raises `InvalidInput` for an input that lacks the positions, or whose states are not
+    finite.
     """
     states = source.states[:, source.layers.index(probe.layer)]
     if source.offsets is None:
-        found = probe.predict(states)
+        found = probe.predict(_finite(states, source, probe))
     elif probe.reads == "tokens":
-        found = probe.predict(*_restricted(states, source, positions))
+        tokens, offsets = _restricted(states, source, positions)
+        found = probe.predict(_finite(tokens, source, probe, offsets), offsets)
     else:
-        found = probe.predict(_pooled(states, source, pooling, positions))
+        found = probe.predict(_finite(_pooled(states, source, pooling, positions), source, probe))
     if probe.task == "regression":
         numbers: dict[str, Any] = {"values": found}
     else:
@@ -60,9 +63,29 @@ def read(
         if threshold is not None:
             numbers["decisions"] = probe.decisions(found, threshold)
     if per_token:
-        scores = probe.predict_tokens(states)
+        scores = probe.predict_tokens(_finite(states, source, probe, source.offsets))
         numbers["token_scores"] = np.ascontiguousarray(scores[:, 1]) if probe.task == "binary" else scores
     return numbers
+
+
+def _finite(
+    states: NDArray[Any], source: Source, probe: FittedProbe, offsets: NDArray[np.int64] | None = None
+) -> NDArray[Any]:
+    """The states (rows, hidden) as they are; `offsets` say which input's tokens the rows are, else each is an input."""
+    row = not_finite(states)
+    if row is None:
+        return states
+    if offsets is not None:
+        row = int(np.searchsorted(offsets, row, side="right")) - 1
+    detail = f"input {row} overflows: leave it out, or extract in float32 or bfloat16 and train the probe on that"
+    raise InvalidInput(
+        f"The states of input {row} at layer {probe.layer} are not all finite.",
+        errors=[FieldError(pointer=_pointer(source, row), detail=detail)],
+    )
+
+
+def _pointer(source: Source, row: int) -> str:
+    return source.pointer if source.pointer == "/extraction" else f"{source.pointer}/{row}"
 
 
 def _pooled(
@@ -113,9 +136,10 @@ def _places(source: Source, row: int, positions: Mapping[str, Any] | None) -> ND
     else:
         places = np.arange(length)
     if not places.size or places.min() < 0 or places.max() >= length:
-        pointer = source.pointer if source.pointer == "/extraction" else f"{source.pointer}/{row}"
         raise InvalidInput(
             f"Input {row} lacks the positions that the probe reads.",
-            errors=[FieldError(pointer=pointer, detail=f"input {row} has {length} tokens; give a longer one")],
+            errors=[
+                FieldError(pointer=_pointer(source, row), detail=f"input {row} has {length} tokens; give a longer one")
+            ],
         )
     return places

@@ -8,12 +8,16 @@ their figures comparable draw by draw.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 from numpy.typing import NDArray
 
 from bathyscope_workers.probes.estimators._base import Codes, Floats
+
+MIN_CLUSTERS = 5
+"""Clusters, or rows, below which nothing is drawn: three have ten different resamples, one has a single one, and the
+interval would be as narrow as it is meaningless."""
 
 _CHUNK_ELEMENTS = 1_000_000
 """Weights handed out at a time: 8 MB."""
@@ -23,26 +27,35 @@ _KEPT_ELEMENTS = 8_000_000
 
 
 class Resamples:
-    """`count` bootstrap resamples of `rows` rows, the same whenever and however often they are read."""
+    """`count` bootstrap resamples of `rows` rows, the same whenever and however often they are read.
+
+    There are none where fewer than `MIN_CLUSTERS` clusters could be drawn.
+    """
 
     def __init__(self, rows: int, count: int, *, seed: int = 0, clusters: Codes | None = None) -> None:
         """`clusters` gives the cluster of each row; each row is its own when None."""
         self.rows = rows
-        self.count = count
+        self.count = 0
         self._seed = seed
         self._clusters: NDArray[np.int64] | None = None
         self.clusters = rows
         if clusters is not None:
             _, self._clusters = np.unique(clusters, return_inverse=True)
             self.clusters = int(self._clusters.max()) + 1
+        if self.clusters >= MIN_CLUSTERS:
+            self.count = count
         self._step = max(1, _CHUNK_ELEMENTS // max(rows, 1))
         self._kept: list[Floats] | None = None
+        self.check: Callable[[], None] = lambda: None
+        """Called before each chunk is handed out; what it raises ends the reading, which may take minutes."""
 
     def chunks(self) -> Iterator[Floats]:
         """The weights, (some resamples, rows) at a time."""
         if self._kept is None and self.count * self.rows <= _KEPT_ELEMENTS:
             self._kept = list(self._draw())
-        yield from self._draw() if self._kept is None else self._kept
+        for weights in self._draw() if self._kept is None else self._kept:
+            self.check()
+            yield weights
 
     def _draw(self) -> Iterator[Floats]:
         share = np.full(self.clusters, 1.0 / self.clusters)

@@ -18,8 +18,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from bathyscope._targets import spread_out
 from bathyscope_workers.probes import regression
-from bathyscope_workers.probes.crossval import Plan
+from bathyscope_workers.probes.crossval import Plan, fit_sets
 from bathyscope_workers.probes.estimators import Estimator
 from bathyscope_workers.probes.estimators._base import Floats
 from bathyscope_workers.probes.metrics import Statistic, figure
@@ -48,11 +49,11 @@ def selectivity(
             return None
         labels, assignment = drawn
         predicted = np.empty((len(y), plan.classes) if plan.classes else len(y))
-        for fold in range(assignment.max() + 1):
+        trainings = [np.flatnonzero(assignment != fold) for fold in range(assignment.max() + 1)]
+        fits = fit_sets(estimator, X, plan.with_labels(labels), trainings)
+        for fold, train in enumerate(trainings):
             tick()
-            train = np.flatnonzero(assignment != fold)
-            fit = estimator.fit_path(X[train], labels[train], plan.classes)[0]
-            everyone = plan.read(fit.decision_function(X))
+            everyone = plan.read(next(fits)[0].decision_function(X))
             predicted[assignment == fold] = everyone[assignment == fold]
             training.append(_value(_statistic(plan, labels[train], everyone[train]), len(train)))
         controls.append(_statistic(plan, labels[held], predicted[held]))
@@ -83,6 +84,7 @@ def selectivity(
         "layer": layer,
         "metric": "accuracy" if plan.classes else "r2",
         **figures,
+        "chance": float(np.bincount(y[held]).max() / len(held)) if plan.classes else 0.0,
         "training": float(np.mean(training)),
         "types": int(clusters.max()) + 1,
         "recurring": int(np.sum(np.bincount(clusters)[clusters] > 1)),
@@ -100,8 +102,8 @@ def _draw(plan: Plan, rng: np.random.Generator) -> tuple[NDArray[Any], NDArray[n
         # Classes one after the other, each in a random order: dealt in turn they fall evenly.
         order = np.lexsort((rng.random(len(y)), labels))
         assignment[order] = np.arange(len(y)) % folds
-        sides = [np.unique(labels[assignment != fold]) for fold in range(folds)]
-        if min(len(side) for side in sides) >= max(plan.classes, 2):
+        sides = [labels[assignment != fold] for fold in range(folds)]
+        if all(len(np.unique(side)) >= plan.classes if plan.classes else spread_out(side) for side in sides):
             return labels, assignment
     return None
 

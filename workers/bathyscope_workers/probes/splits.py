@@ -27,20 +27,15 @@ from numpy.typing import NDArray
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
+from bathyscope._fold_checks import check_folds, fixes_a_line, given_folds, torn
+from bathyscope._targets import Targets, encode_groups, first_seen_codes, refused
 from bathyscope_workers.probes.near_duplicates import NearDuplicates
-from bathyscope_workers.probes.targets import Targets, encode_groups, first_seen_codes, refused
 
 _ORDERS = 32
 """Random orders tried before folds are said to be impossible."""
 
 _QUANTILES = 10
 """Parts at most into which the values of a regression are cut, to be dealt evenly."""
-
-MAX_FOLDS = 50
-"""Folds of a split of the caller's own."""
-
-MIN_TRAINING_ROWS = 3
-"""Of a regression's training side: fewer fix no line."""
 
 Kind = Literal["given", "random", "stratified", "grouped"]
 KINDS = ("random", "stratified", "grouped")
@@ -122,12 +117,17 @@ def make_folds(
     group_codes = np.arange(rows) if groups is None else encode_groups(groups, rows)
     clusters, notes = _tie(targets, group_codes, keys, near)
     if split is not None and not isinstance(split, str):
-        return _given(targets, group_codes, clusters, split, seed, tuple(notes))
+        assignment, count = given_folds(targets, group_codes, split)
+        leaking = torn(clusters, assignment)
+        if len(leaking):
+            notes.append(
+                f"Leakage: the split given has {len(leaking)} rows whose input, or one that is nearly the same, is on "
+                "the other side too: held-out figures are too good."
+            )
+        return Folds("given", assignment, clusters, count, seed, tuple(notes))
     kind = _kind(split, groups is not None)
-    if not 2 <= folds <= rows:
-        raise refused("/folds", f"folds is between 2 and the number of rows ({rows}); it is {folds}")
     pointer = "/labels" if groups is None else "/groups"
-    _check_possible(targets, clusters, folds, pointer)
+    check_folds(targets, clusters, folds, pointer)
     strata = _strata(targets, folds)
     for attempt in range(_ORDERS):
         rng = np.random.default_rng([seed, attempt])
@@ -135,10 +135,11 @@ def make_folds(
         if _usable(targets, assignment, folds, held_out=kind != "random"):
             break
     else:
+        needed = "rows of every class" if targets.classes else "rows, and the rest values that differ"
         raise refused(
             pointer,
-            f"no way was found to give each of {folds} folds rows of every class; ask for fewer folds, or give "
-            "more and smaller groups",
+            f"no way was found to give each of {folds} folds {needed}; ask for fewer folds, or give more and smaller "
+            "groups",
         )
     return Folds(kind, assignment, clusters, folds, seed, tuple(notes))
 
@@ -210,6 +211,11 @@ def _tie(
                 f"Inputs that are nearly the same tie {before} groups or inputs to {before - tied}, each of which "
                 "stays on one side of every split."
             )
+        if near.alike and not len(np.unique(groups)) < rows:
+            notes.append(
+                f"{near.alike} inputs are, but for some words, the same as more than a fifth of the others. Of one "
+                "template they are rightly told apart; copies of one text are not: name groups, which stay together."
+            )
         if not near.complete:
             notes.append("So many inputs share phrases that not every pair was compared for being nearly the same.")
     return joined, notes
@@ -222,77 +228,6 @@ def _join(one: NDArray[np.int64], other: NDArray[np.int64]) -> NDArray[np.int64]
     edges = coo_array((np.ones(len(one)), (one, size + other)), shape=(whole, whole))
     _, component = connected_components(edges, directed=False)
     return first_seen_codes(component[one].tolist())
-
-
-def _given(
-    targets: Targets,
-    groups: NDArray[np.int64],
-    clusters: NDArray[np.int64],
-    split: Sequence[Any],
-    seed: int,
-    notes: tuple[str, ...],
-) -> Folds:
-    rows = len(targets.codes)
-    if len(split) != rows:
-        raise refused("/split", f"give one entry a row: there are {len(split)} for {rows} rows")
-    for row, name in enumerate(split):
-        number = isinstance(name, int | np.integer) and not isinstance(name, bool)
-        if not number and name not in ("train", "test"):
-            raise refused(f"/split/{row}", "an entry is train, test or the number of a fold")
-    names = sorted({name for name in split if name != "train"}, key=lambda name: (str(type(name)), name))
-    if len(names) > MAX_FOLDS:
-        raise refused("/split", f"the split names {len(names)} folds; at most {MAX_FOLDS} are fitted")
-    if not names or (len(names) == 1 and "train" not in split):
-        raise refused("/split", "the split leaves no rows to train on or none to test on")
-    index: dict[Any, int] = {name: fold for fold, name in enumerate(names)} | {"train": -1}
-    assignment = np.array([index[name] for name in split], dtype=np.int64)
-    torn = _torn(groups, assignment)
-    if len(torn):
-        raise refused(
-            f"/split/{torn[0]}", f"{len(torn)} rows have rows of their own group on the other side of the split"
-        )
-    for fold, name in enumerate(names):
-        for side, mask in (("held-out", assignment == fold), ("training", assignment != fold)):
-            present = np.bincount(targets.codes[mask], minlength=max(len(targets.classes), 1))
-            if present.min() == 0:
-                missing = targets.classes[int(present.argmin())]
-                raise refused("/split", f"the {side} rows of {name!r} have no row of class {missing!r}")
-            if targets.values is not None and side == "training" and not _fixes_a_line(targets.values[mask]):
-                raise refused("/split", f"the training rows of {name!r} have too few different values to learn from")
-    torn = _torn(clusters, assignment)
-    if len(torn):
-        notes += (
-            f"Leakage: the split given has {len(torn)} rows whose input, or one that is nearly the same, is on the "
-            "other side too: held-out figures are too good.",
-        )
-    return Folds("given", assignment, clusters, len(names), seed, notes)
-
-
-def _torn(clusters: NDArray[np.int64], assignment: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Rows of clusters that lie in more than one fold."""
-    size = int(clusters.max()) + 1
-    low, high = np.full(size, np.iinfo(np.int64).max), np.full(size, np.iinfo(np.int64).min)
-    np.minimum.at(low, clusters, assignment)
-    np.maximum.at(high, clusters, assignment)
-    return np.flatnonzero((low != high)[clusters])
-
-
-def _check_possible(targets: Targets, clusters: NDArray[np.int64], folds: int, pointer: str) -> None:
-    total = int(clusters.max()) + 1
-    what = "groups" if pointer == "/groups" else "different inputs"
-    tied = "" if total == len(clusters) else "; repeated and nearly equal inputs count once (see near_duplicates)"
-    if total < folds:
-        raise refused(pointer, f"there are {total} {what} for {folds} folds; ask for at most {total} folds{tied}")
-    for code, label in enumerate(targets.classes):
-        members = targets.codes == code
-        held = len(np.unique(clusters[members]))
-        if held < folds:
-            fewer = f", or ask for at most {held} folds" if held > 1 else ""
-            raise refused(
-                pointer,
-                f"class {label!r} has {int(members.sum())} rows in {held} {what}, so one of {folds} folds would have "
-                f"none of it; give more of that class{fewer}{tied}",
-            )
 
 
 def _strata(targets: Targets, folds: int) -> NDArray[np.int64]:
@@ -336,13 +271,9 @@ def _usable(targets: Targets, assignment: NDArray[np.int64], folds: int, *, held
     """Whether every training side can be learned from, and (`held_out`) every fold has each class."""
     if targets.values is not None:
         sizes = np.bincount(assignment, minlength=folds)
-        return bool(sizes.min() > 0) and all(_fixes_a_line(targets.values[assignment != fold]) for fold in range(folds))
+        return bool(sizes.min() > 0) and all(fixes_a_line(targets.values[assignment != fold]) for fold in range(folds))
     counts = np.zeros((folds, len(targets.classes)), dtype=np.int64)
     np.add.at(counts, (assignment, targets.codes), 1)
     if held_out:
         return bool(counts.min() > 0)
     return bool((counts.sum(axis=0) - counts).min() > 0 and counts.sum(axis=1).min() > 0)
-
-
-def _fixes_a_line(values: NDArray[np.float64]) -> bool:
-    return len(values) >= MIN_TRAINING_ROWS and values.min() < values.max()

@@ -28,6 +28,7 @@ from sklearn.exceptions import ConvergenceWarning
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 from bathyscope._probe_file import thresholds_of
+from bathyscope._targets import Targets, encode_labels, refused
 from bathyscope.errors import JobCancelled
 from bathyscope_workers.probes import baselines as rivals
 from bathyscope_workers.probes.calibration import Calibrator, check_calibration, fit_calibrator
@@ -50,7 +51,6 @@ from bathyscope_workers.probes.resampling import Resamples
 from bathyscope_workers.probes.selectivity import selectivity
 from bathyscope_workers.probes.splits import Folds, inner_folds, input_keys, make_folds
 from bathyscope_workers.probes.summary import Findings, estimator_settings, write_report
-from bathyscope_workers.probes.targets import Targets, encode_labels, refused
 
 ProgressCallback = Callable[[str, int, int, str], None]
 """Called with (stage, done, total, unit), always from the thread that called `sweep`."""
@@ -136,6 +136,8 @@ def sweep(
     folds = _folds(targets, config, inputs, groups, split, input_keys)
     plan = _plan(targets, folds, estimator, config, state_offsets, layers=len(layer_numbers))
     watch = _Watch(progress, cancelled, plan.stop)
+    own = threading.get_ident()
+    plan.resamples.check = lambda: watch.check() if threading.get_ident() == own else plan.stop_if_asked()
     with threadpool_limits(limits=1), warnings.catch_warnings():
         # Solvers warn through the interpreter's one list of filters; the report says what did not converge.
         warnings.simplefilter("ignore", ConvergenceWarning)

@@ -219,6 +219,9 @@ class Attempt:
             if isinstance(self.kind, AdapterJob) and (smaller := self.kind.smaller(work, event["problem"])) is not None:
                 await self._hand_over(smaller)
                 raise LostLease(lease.job_id)
+            if "/adapter-" in event["problem"]["type"] and await work.distrust():
+                _log.warning("adapter.rotten", adapters=list(work.placed))
+                event["retry"] = True
             raise _reported(event)
         self._engine_timings = event.get("timings", {})
         if lease.resource_id is None:

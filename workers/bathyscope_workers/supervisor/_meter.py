@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import time
 from collections import Counter as Count
 from collections.abc import Awaitable, Iterable
@@ -190,9 +191,10 @@ class Meter:
 def _bytes_below(folder: Path) -> int:
     """Bytes on disk: files are laid out in full before they are filled."""
     total = 0
-    for path in folder.rglob("*"):
-        with contextlib.suppress(OSError):
-            total += path.lstat().st_blocks * 512
+    for home, _, names in os.walk(folder):  # unlike rglob, not disturbed by folders that vanish meanwhile
+        for name in names:
+            with contextlib.suppress(OSError):
+                total += os.lstat(os.path.join(home, name)).st_blocks * 512
     return total
 
 

@@ -33,18 +33,14 @@ from bathyscope.types.extractions import (
     ExtractionRequest,
     Format,
     Identity,
-    Input,
-    Message,
-    MessagesInput,
     Pooling,
     Positions,
-    PromptInput,
     Scored,
-    TokenIdsInput,
 )
+from bathyscope.types.inputs import Input, Message, MessagesInput, PromptInput, TokenIdsInput
 from bathyscope.types.jobs import ENDED, Job, JobEvent, JobKind, JobStatus, Webhook, WebhookState
 from bathyscope.types.models import LayerError, LoadRequest, Model, Residency, SelfTest
-from bathyscope.types.predictions import Prediction, PredictRequest, Reading, TokenScore
+from bathyscope.types.predictions import Prediction, PredictRequest, Reading, ThresholdName, TokenScore
 from bathyscope.types.probes import (
     BrierDecomposition,
     Calibration,
@@ -122,6 +118,7 @@ __all__ = [
     "Scores",
     "Selectivity",
     "SelfTest",
+    "ThresholdName",
     "TinkerModel",
     "TinkerModels",
     "TokenIdsInput",

@@ -7,8 +7,12 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from bathyscope.types._base import AnswerModel, Time, WorkRequest
-from bathyscope.types.extractions import Identity, Input
+from bathyscope.types.extractions import Identity
+from bathyscope.types.inputs import Input
 from bathyscope.types.probes import Label
+
+ThresholdName = Literal["default", "target_fpr", "youden", "f1"]
+"""What the `thresholds` of a binary probe's report are called."""
 
 
 class PredictRequest(WorkRequest):
@@ -32,7 +36,7 @@ class PredictRequest(WorkRequest):
     also: list[Annotated[str, Field(max_length=64)]] = Field(default_factory=list, max_length=64)
     """Further probes to read in the same pass over the model."""
 
-    threshold: Literal["default", "target_fpr"] | Annotated[float, Field(ge=0, le=1)] | None = None
+    threshold: ThresholdName | Annotated[float, Field(ge=0, le=1)] | None = None
     """Decide at this probability of the positive class: a number, or each probe's own threshold of that name."""
 
     @model_validator(mode="after")

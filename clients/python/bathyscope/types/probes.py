@@ -57,7 +57,7 @@ class ProbeRequest(WorkRequest):
     """The kind of probe. `attention` and `max_mean` read the states of every token (pooling none), the others one
     vector an input."""
 
-    C: list[Annotated[float, Field(gt=0, le=1e8)]] | None = Field(default=None, min_length=1, max_length=32)
+    C: list[Annotated[float, Field(ge=1e-12, le=1e8)]] | None = Field(default=None, min_length=1, max_length=32)
     """Inverse strengths of the L2 penalty; of several the best is chosen inside the training rows."""
 
     standardize: bool = True
@@ -246,6 +246,9 @@ class Selectivity(AnswerModel):
 
     selectivity: Figure
     """`probe` minus `control`."""
+
+    chance: float
+    """What the control reaches without learning anything: the share of the commonest class, 0 for `r2`."""
 
     training: float
     """Of the control on the rows it was fitted on: how well the estimator learns by heart."""

@@ -1,10 +1,11 @@
 -- Gives shares in the files behind `key` back, and claims with them -> 1 when nobody has any and the files may go.
 -- Who comes later is not given these files any more, so that they are never removed under him.
 
-local prefix, key, digest, owner, name = KEYS[1], unpack(ARGV)
-for i = 5, #ARGV do
+local prefix, key, digest, base, owner, name = KEYS[1], unpack(ARGV)
+local made = digest .. '|' .. base
+for i = 6, #ARGV do
   redis.call('ZREM', prefix .. 'refs:' .. key, ARGV[i])
-  for hash, field in pairs({ ['digests:' .. owner] = digest, ['names:' .. owner] = name }) do
+  for hash, field in pairs({ ['digests:' .. owner] = made, ['names:' .. owner] = name }) do
     if redis.call('HGET', prefix .. hash, field) == ARGV[i] then redis.call('HDEL', prefix .. hash, field) end
   end
 end

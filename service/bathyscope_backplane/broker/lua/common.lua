@@ -187,6 +187,8 @@ local function dependency_problem(parent, status, cause)
   if ok and type(document) == 'table' then
     local first = type(document.cause) == 'table' and document.cause or document
     problem.cause = { type = first.type, title = first.title, status = first.status, detail = first.detail }
+    -- An empty list would be encoded as an object.
+    if type(first.errors) == 'table' and #first.errors > 0 then problem.cause.errors = first.errors end
     if type(first.detail) == 'string' then detail = detail .. ' ' .. first.detail end
   end
   problem.parent = parent

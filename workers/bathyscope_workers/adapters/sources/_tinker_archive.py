@@ -14,9 +14,9 @@ import httpcore2
 
 from bathyscope import errors
 from bathyscope_backplane.adapter_sources import TinkerSource
+from bathyscope_backplane.tinker_answers import problem_of
 from bathyscope_workers.adapters.sources._download import Link, headers_of, retry_after
 from bathyscope_workers.adapters.sources._task import Task
-from bathyscope_workers.adapters.sources._tinker_sdk import problem_of
 from bathyscope_workers.adapters.sources._wire import UrlRefused, Wire
 
 _MAX_ANSWER = 1 << 20

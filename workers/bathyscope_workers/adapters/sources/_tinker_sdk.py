@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 from bathyscope import errors
+from bathyscope_backplane.tinker_answers import billing, problem_of_fault, problem_of_silence
 from bathyscope_workers.adapters.sources._task import Task
 
 _START_SECONDS = 60.0
@@ -100,10 +101,10 @@ class TinkerSdk:
                 if "status" in message:
                     self._status = message["status"]
                     if self._status == 402:  # the SDK would ask again for an hour
-                        raise _billing()
+                        raise billing()
         except TimeoutError:
             self.close()
-            raise self._late(seconds) from None
+            raise problem_of_silence(self._status, seconds, where=self._where) from None
         except BaseException as error:
             if not isinstance(error, errors.ProblemError) or isinstance(error, errors.TinkerBilling):
                 self.close()
@@ -128,88 +129,14 @@ class TinkerSdk:
         message: dict[str, Any] = json.loads(line)
         return message
 
-    def _late(self, seconds: float) -> errors.ProblemError:
-        if self._status == 429:
-            return errors.TinkerRateLimited(
-                f"Tinker answered 429 (too many requests) for {seconds:g} seconds; try again later.", retry_after=60
-            )
-        last = f", the last answer was {self._status}" if self._status else ""
-        return errors.TinkerOutOfReach(
-            f"Tinker at {self._task.reach.tinker_url} did not answer within {seconds:g} seconds{last}; try again.",
-            retry_after=30,
-        )
-
     def _problem(self, kind: str, status: int | None, text: str) -> errors.ProblemError:
         if kind == "ImportError":
             self.close()
             return errors.TinkerNotSetUp(
                 "The worker lacks the package `tinker`; install it with pip install 'bathyscope[tinker]'."
             )
-        said = self._said(text)
-        if kind in ("APIConnectionError", "APITimeoutError"):
-            return errors.TinkerOutOfReach(
-                f"Tinker at {self._task.reach.tinker_url} could not be reached; try again later.", retry_after=30
-            )
-        if kind == "TinkerError" and "api_key" in text:
-            return _key_refused("it does not begin with tml-")
-        if status is None and "with status " in text:  # how the SDK tells a fault of a request it waited for
-            found = text.rpartition("with status ")[2][:3]
-            status = int(found) if found.isdigit() else None
-        return problem_of(status, said)
+        return problem_of_fault(kind, status, text, key=self._key, where=self._where)
 
-    def _said(self, text: str) -> str:
-        """What Tinker said, short, without the key and without addresses."""
-        plain = "".join(letter if letter.isprintable() else " " for letter in text.replace(self._key, "…"))
-        return " ".join(word if "://" not in word or word.startswith("tinker://") else "…" for word in plain.split())[
-            :300
-        ]
-
-
-def problem_of(status: int | None, said: str = "") -> errors.ProblemError:
-    """The problem that an answer of Tinker's is. `said` is what it says of it."""
-    words = f" ({said})" if said else ""
-    if status == 401:
-        return _key_refused("its answer was 401")
-    if status == 402:
-        return _billing()
-    if status == 403:
-        return errors.TinkerForbidden(
-            f"Tinker does not permit this with the given key{words}; use the key of the checkpoint's own account."
-        )
-    if status in (404, 410):
-        return errors.TinkerNotFound(
-            f"Tinker has no such run or checkpoint for this key{words}; check the path with `tinker checkpoint list`, "
-            "and that the key is of the account that owns it."
-        )
-    if status == 429:
-        return errors.TinkerRateLimited(
-            "Tinker answered that there were too many requests; try again later.", retry_after=60
-        )
-    if status is not None and status < 500:
-        retired = any(word in said.lower() for word in ("retired", "deprecated", "no longer supported", "sunset"))
-        if retired:
-            return base_retired(said)
-        return errors.AdapterSourceMissing(f"Tinker refused the request with {status}{words}; check the path.")
-    return errors.TinkerOutOfReach(f"Tinker failed at the request{words}; try again later.", retry_after=30)
-
-
-def base_retired(what: str) -> errors.TinkerBaseRetired:
-    """The base model cannot be trained any more."""
-    return errors.TinkerBaseRetired(
-        f"Tinker has retired the base model of this checkpoint ({what}), so it cannot be exported; use external "
-        "weights that were saved before, or an archive or hub repository of the adapter."
-    )
-
-
-def _key_refused(why: str) -> errors.TinkerKeyRefused:
-    return errors.TinkerKeyRefused(
-        f"Tinker does not accept the key, {why}; give a valid one in X-Tinker-Api-Key, or have the operator correct "
-        "adapters.tinker_api_key."
-    )
-
-
-def _billing() -> errors.TinkerBilling:
-    return errors.TinkerBilling(
-        "Tinker answered 402: the account of the key is paused for billing; settle it at Tinker's console, and try "
-        "again."
-    )
+    @property
+    def _where(self) -> str:
+        return f"Tinker at {self._task.reach.tinker_url}"

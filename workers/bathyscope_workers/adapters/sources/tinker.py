@@ -20,11 +20,12 @@ import structlog
 
 from bathyscope import errors
 from bathyscope_backplane.adapter_sources import TinkerSource, base_model_name
+from bathyscope_backplane.tinker_answers import base_retired
 from bathyscope_workers.adapters.sources import _files
 from bathyscope_workers.adapters.sources._download import Denied, Link, download
 from bathyscope_workers.adapters.sources._task import ARCHIVE, SEALED, Fetched, Task
 from bathyscope_workers.adapters.sources._tinker_archive import archive_link
-from bathyscope_workers.adapters.sources._tinker_sdk import TinkerSdk, base_retired
+from bathyscope_workers.adapters.sources._tinker_sdk import TinkerSdk
 from bathyscope_workers.adapters.sources._wire import Wire
 from bathyscope_workers.adapters.unpacking import WANTED, WEIGHTS
 

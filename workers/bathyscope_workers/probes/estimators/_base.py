@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Protocol
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -53,11 +53,6 @@ class Estimator(Protocol):
         ...
 
     @property
-    def tasks(self) -> frozenset[str]:
-        """Which of `binary`, `multiclass` and `regression` it can learn."""
-        ...
-
-    @property
     def reads(self) -> Literal["pooled", "tokens"]:
         """Whether `X` is one vector a row or a `TokenStates`."""
         ...
@@ -80,6 +75,36 @@ class Estimator(Protocol):
         Nothing outside these rows is looked at.
         """
         ...
+
+
+@dataclass(frozen=True)
+class Penalised:
+    """An estimator with a penalty: one fit for each `C`."""
+
+    C: tuple[float, ...]
+    """Inverse strengths of the penalty."""
+
+    @property
+    def penalties(self) -> tuple[float, ...]:
+        """The values of C."""
+        return self.C
+
+    def with_penalty(self, penalty: float) -> Self:
+        """The same with this C alone."""
+        return replace(self, C=(penalty,))
+
+
+class Unpenalised:
+    """An estimator without a penalty: one fit."""
+
+    @property
+    def penalties(self) -> tuple[float, ...]:
+        """None: nan."""
+        return (float("nan"),)
+
+    def with_penalty(self, penalty: float) -> Self:
+        """Itself."""
+        return self
 
 
 @dataclass(frozen=True)

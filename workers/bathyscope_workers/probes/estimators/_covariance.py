@@ -46,6 +46,18 @@ class Covariance:
         return found
 
 
+def bayes_rule(means: Floats, coef: Floats, frequencies: Floats) -> tuple[Floats, Floats]:
+    """(weights, intercepts) of the log-odds of Gaussian classes with one covariance; of two classes, of the second.
+
+    `coef` (classes, hidden) are the classes' `means` times the inverse covariance, `frequencies` (classes,) their
+    priors.
+    """
+    intercept = np.log(frequencies) - (means * coef).sum(axis=1) / 2
+    if len(means) == 2:
+        return coef[1:] - coef[:1], intercept[1:] - intercept[:1]
+    return coef, intercept
+
+
 def ledoit_wolf(centred: Floats) -> tuple[float, float]:
     """The weight of the identity and its multiple, for rows (rows, hidden) around their mean.
 

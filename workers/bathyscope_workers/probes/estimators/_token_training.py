@@ -6,7 +6,7 @@ small as one number a token. Token scores are padded to (rows, longest row) for 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -102,13 +102,34 @@ class TokenProblem:
             return (torch.nn.functional.softplus(scores) - self.targets * scores).sum()
         return (torch.logsumexp(scores, dim=1) - (self.targets * scores).sum(dim=1)).sum()
 
+    def solve_path(
+        self, pooled: Callable[[Tensor], Tensor], columns: int, strengths: Sequence[float]
+    ) -> Iterator[tuple[Floats, Floats, bool]]:
+        """For each C the directions (columns, hidden), intercepts (outputs,) and whether they are a minimum.
+
+        `pooled` makes row scores (rows, outputs) of the token scores along the directions. The objective is C times the
+        loss plus half the squared norm of the directions; each search begins where the one before ended.
+        """
+        hidden = self.states.shape[1]
+        cut = columns * hidden
+        found = np.zeros(cut + self.outputs)
+        for strength in strengths:
+
+            def objective(parameters: Tensor, C: float = strength) -> Tensor:
+                directions = parameters[:cut].reshape(columns, hidden)
+                scores = pooled(self.token_scores(directions)) + parameters[cut:]
+                return C * self.loss(scores) + directions.square().sum() / 2
+
+            found, converged = _minimise(objective, found, self.states.device)
+            yield found[:cut].reshape(columns, hidden), found[cut:], converged
+
     def to_raw(self, weights: Floats, intercept: Floats) -> tuple[Floats, Floats]:
         """Linear scores of raw tokens, with the values' own mean and deviation."""
         raw = self.stretch * weights / self.standardizer.scale
         return raw, self.stretch * intercept + self.shift - raw @ self.standardizer.mean
 
 
-def minimise(objective: Callable[[Tensor], Tensor], start: Floats, device: torch.device) -> tuple[Floats, bool]:
+def _minimise(objective: Callable[[Tensor], Tensor], start: Floats, device: torch.device) -> tuple[Floats, bool]:
     """A local minimum of `objective`, a scalar of a float64 vector, from `start`; whether it is one."""
 
     def evaluate(values: Floats) -> tuple[float, Floats]:

@@ -9,13 +9,13 @@ reads it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from bathyscope_workers.probes.estimators._base import Floats, probabilities
+from bathyscope_workers.probes.estimators._base import Floats, Penalised, probabilities
 from bathyscope_workers.probes.estimators._tokens import TokenStates, check_rows, row_slices
 
 DEFAULT_TOKEN_C = (0.1,)
@@ -77,7 +77,7 @@ class AttentionFit:
 
 
 @dataclass(frozen=True)
-class AttentionEstimator:
+class AttentionEstimator(Penalised):
     """An attention probe on standardised tokens, one fit for each `C`, each from the one before."""
 
     C: tuple[float, ...] = DEFAULT_TOKEN_C
@@ -86,58 +86,29 @@ class AttentionEstimator:
     standardize: bool = True
     """Divide each feature by its deviation over the training rows' tokens."""
 
-    @property
-    def name(self) -> str:
-        """`attention`."""
-        return "attention"
-
-    @property
-    def tasks(self) -> frozenset[str]:
-        """All of them."""
-        return frozenset({"binary", "multiclass", "regression"})
-
-    @property
-    def reads(self) -> Literal["pooled", "tokens"]:
-        """Every token."""
-        return "tokens"
-
-    @property
-    def penalties(self) -> tuple[float, ...]:
-        """The values of C."""
-        return self.C
-
-    def with_penalty(self, penalty: float) -> AttentionEstimator:
-        """The same with this C alone."""
-        return replace(self, C=(penalty,))
+    name: ClassVar[str] = "attention"
+    reads: ClassVar[Literal["pooled", "tokens"]] = "tokens"
 
     def fit_path(self, X: TokenStates, y: NDArray[Any], classes: int) -> list[AttentionFit]:
         """Fit token states to codes or values `y` (rows,): one fit for each C."""
         import torch
 
-        from bathyscope_workers.probes.estimators._token_training import TokenProblem, minimise
+        from bathyscope_workers.probes.estimators._token_training import TokenProblem
         from bathyscope_workers.probes.estimators._torch import on_best_device
 
         check_rows(X, y, classes)
 
         def fit(device: torch.device) -> list[AttentionFit]:
             problem = TokenProblem.of(X, y, classes, standardize=self.standardize, device=device)
-            hidden, outputs = X.hidden_size, problem.outputs
-            absent = ~problem.there
+            own, absent = problem.standardizer, ~problem.there
 
-            def objective(parameters: torch.Tensor, C: float) -> torch.Tensor:
-                directions = parameters[: (1 + outputs) * hidden].reshape(1 + outputs, hidden)
-                tokens = problem.token_scores(directions)
+            def pooled(tokens: torch.Tensor) -> torch.Tensor:
                 heed = torch.softmax(tokens[..., 0].masked_fill(absent, -torch.inf), dim=1)
-                scores = (heed[..., None] * tokens[..., 1:]).sum(dim=1) + parameters[(1 + outputs) * hidden :]
-                return C * problem.loss(scores) + directions.square().sum() / 2
+                return (heed[..., None] * tokens[..., 1:]).sum(dim=1)
 
-            start = np.zeros((1 + outputs) * hidden + outputs)
             fits = []
-            for strength in self.C:
-                start, converged = minimise(lambda values, C=strength: objective(values, C), start, device)  # type: ignore[misc]
-                directions = start[: (1 + outputs) * hidden].reshape(1 + outputs, hidden)
-                weights, intercept = problem.to_raw(directions[1:], start[(1 + outputs) * hidden :])
-                own = problem.standardizer
+            for directions, offsets, converged in problem.solve_path(pooled, 1 + problem.outputs, self.C):
+                weights, intercept = problem.to_raw(directions[1:], offsets)
                 fits.append(AttentionFit(weights, intercept, directions[0] / own.scale, own.mean, own.scale, converged))
             return fits
 

@@ -10,46 +10,25 @@ at 2,048 features; the same numbers come from among the rows (`_covariance`).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from bathyscope_workers.probes.estimators._base import Codes, Floats, LinearFit, Standardizer, checked
-from bathyscope_workers.probes.estimators._covariance import Covariance, ledoit_wolf
+from bathyscope_workers.probes.estimators._base import Codes, Floats, LinearFit, Standardizer, Unpenalised, checked
+from bathyscope_workers.probes.estimators._covariance import Covariance, bayes_rule, ledoit_wolf
 
 
 @dataclass(frozen=True)
-class LDAEstimator:
+class LDAEstimator(Unpenalised):
     """Shrunk linear discriminant analysis; there is no penalty to choose."""
 
     standardize: bool = True
     """Divide each feature by its deviation over the training rows. Shrinkage scales features itself: this changes
     little."""
 
-    @property
-    def name(self) -> str:
-        """`lda`."""
-        return "lda"
-
-    @property
-    def tasks(self) -> frozenset[str]:
-        """Classes, two or more."""
-        return frozenset({"binary", "multiclass"})
-
-    @property
-    def reads(self) -> Literal["pooled", "tokens"]:
-        """One vector a row."""
-        return "pooled"
-
-    @property
-    def penalties(self) -> tuple[float, ...]:
-        """None: nan."""
-        return (float("nan"),)
-
-    def with_penalty(self, penalty: float) -> LDAEstimator:
-        """Itself."""
-        return self
+    name: ClassVar[str] = "lda"
+    reads: ClassVar[Literal["pooled", "tokens"]] = "pooled"
 
     def fit_path(self, X: NDArray[np.floating], y: Codes, classes: int) -> list[LinearFit]:
         """Fit states `X` (rows, hidden), any float dtype, to codes `y` (rows,): one fit."""
@@ -59,10 +38,7 @@ class LDAEstimator:
         frequencies = np.bincount(y, minlength=classes) / len(y)
         means = np.stack([Z[y == code].mean(axis=0) for code in range(classes)])
         coef = _within(Z, y, frequencies).solve(means)
-        intercept = np.log(frequencies) - (means * coef).sum(axis=1) / 2
-        if classes == 2:
-            coef, intercept = coef[1:] - coef[:1], intercept[1:] - intercept[:1]
-        return [standardizer.to_raw(coef, intercept)]
+        return [standardizer.to_raw(*bayes_rule(means, coef, frequencies))]
 
 
 def _within(Z: Floats, y: Codes, frequencies: Floats) -> Covariance:

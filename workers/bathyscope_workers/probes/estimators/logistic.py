@@ -11,13 +11,13 @@ again on its own (`_exact`).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import dataclass
+from typing import ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from bathyscope_workers.probes.estimators._base import Codes, LinearFit, Standardizer, check_classes
+from bathyscope_workers.probes.estimators._base import Codes, LinearFit, Penalised, Standardizer, check_classes
 from bathyscope_workers.probes.estimators._exact import Solution, solve_exactly
 
 DEFAULT_C = (0.01,)
@@ -25,7 +25,7 @@ DEFAULT_C = (0.01,)
 
 
 @dataclass(frozen=True)
-class LogisticEstimator:
+class LogisticEstimator(Penalised):
     """L2-penalised logistic regression on standardised states, one fit for each `C`."""
 
     C: tuple[float, ...] = DEFAULT_C
@@ -34,29 +34,8 @@ class LogisticEstimator:
     standardize: bool = True
     """Divide each feature by its deviation over the training rows."""
 
-    @property
-    def name(self) -> str:
-        """`logistic`."""
-        return "logistic"
-
-    @property
-    def tasks(self) -> frozenset[str]:
-        """Classes, two or more."""
-        return frozenset({"binary", "multiclass"})
-
-    @property
-    def reads(self) -> Literal["pooled", "tokens"]:
-        """One vector a row."""
-        return "pooled"
-
-    @property
-    def penalties(self) -> tuple[float, ...]:
-        """The values of C."""
-        return self.C
-
-    def with_penalty(self, penalty: float) -> LogisticEstimator:
-        """The same with this C alone."""
-        return replace(self, C=(penalty,))
+    name: ClassVar[str] = "logistic"
+    reads: ClassVar[Literal["pooled", "tokens"]] = "pooled"
 
     def fit_path(self, X: NDArray[np.floating], y: Codes, classes: int) -> list[LinearFit]:
         """Fit states `X` (rows, hidden), any float dtype, to codes `y` (rows,): one fit for each C, in float64."""

@@ -13,20 +13,20 @@ frequencies of the classes are in the intercepts. With more than two classes eac
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from bathyscope_workers.probes.estimators._base import Codes, LinearFit, Standardizer, checked
-from bathyscope_workers.probes.estimators._covariance import Covariance, ledoit_wolf
+from bathyscope_workers.probes.estimators._base import Codes, LinearFit, Standardizer, Unpenalised, checked
+from bathyscope_workers.probes.estimators._covariance import Covariance, bayes_rule, ledoit_wolf
 
 _FLOOR = 1e-9
 """Variance along the means' differences, relative to these squared, below which classes count as this far apart."""
 
 
 @dataclass(frozen=True)
-class MassMeanEstimator:
+class MassMeanEstimator(Unpenalised):
     """The difference of means; there is no penalty to choose."""
 
     covariance: Literal["none", "shrunk"] = "none"
@@ -35,29 +35,8 @@ class MassMeanEstimator:
     standardize: bool = True
     """Divide each feature by its deviation over the training rows."""
 
-    @property
-    def name(self) -> str:
-        """`mass_mean`."""
-        return "mass_mean"
-
-    @property
-    def tasks(self) -> frozenset[str]:
-        """Classes, two or more."""
-        return frozenset({"binary", "multiclass"})
-
-    @property
-    def reads(self) -> Literal["pooled", "tokens"]:
-        """One vector a row."""
-        return "pooled"
-
-    @property
-    def penalties(self) -> tuple[float, ...]:
-        """None: nan."""
-        return (float("nan"),)
-
-    def with_penalty(self, penalty: float) -> MassMeanEstimator:
-        """Itself."""
-        return self
+    name: ClassVar[str] = "mass_mean"
+    reads: ClassVar[Literal["pooled", "tokens"]] = "pooled"
 
     def fit_path(self, X: NDArray[np.floating], y: Codes, classes: int) -> list[LinearFit]:
         """Fit states `X` (rows, hidden), any float dtype, to codes `y` (rows,): one fit."""
@@ -75,7 +54,4 @@ class MassMeanEstimator:
             between = float(frequencies @ np.square(means).sum(axis=1))
             along = float(frequencies @ np.square(centred @ means.T).mean(axis=0))
             coef = means / max(along / between, _FLOOR * between) if between > 0 else means
-        intercept = np.log(frequencies) - (means * coef).sum(axis=1) / 2
-        if classes == 2:
-            coef, intercept = coef[1:] - coef[:1], intercept[1:] - intercept[:1]
-        return [standardizer.to_raw(coef, intercept)]
+        return [standardizer.to_raw(*bayes_rule(means, coef, frequencies))]

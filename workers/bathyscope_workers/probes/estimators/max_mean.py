@@ -10,13 +10,13 @@ value of a text, so there is no regression.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from bathyscope_workers.probes.estimators._base import Floats, probabilities
+from bathyscope_workers.probes.estimators._base import Floats, Penalised, probabilities
 from bathyscope_workers.probes.estimators._tokens import TokenStates, check_rows, row_slices
 from bathyscope_workers.probes.estimators.attention import DEFAULT_TOKEN_C
 
@@ -79,7 +79,7 @@ class MaxMeanFit:
 
 
 @dataclass(frozen=True)
-class MaxMeanEstimator:
+class MaxMeanEstimator(Penalised):
     """A max-of-means probe on standardised tokens, one fit for each `C`, each from the one before."""
 
     C: tuple[float, ...] = DEFAULT_TOKEN_C
@@ -91,62 +91,35 @@ class MaxMeanEstimator:
     window: int = WINDOW
     """Tokens of a window."""
 
-    @property
-    def name(self) -> str:
-        """`max_mean`."""
-        return "max_mean"
-
-    @property
-    def tasks(self) -> frozenset[str]:
-        """Classes, two or more."""
-        return frozenset({"binary", "multiclass"})
-
-    @property
-    def reads(self) -> Literal["pooled", "tokens"]:
-        """Every token."""
-        return "tokens"
-
-    @property
-    def penalties(self) -> tuple[float, ...]:
-        """The values of C."""
-        return self.C
-
-    def with_penalty(self, penalty: float) -> MaxMeanEstimator:
-        """The same with this C alone."""
-        return replace(self, C=(penalty,))
+    name: ClassVar[str] = "max_mean"
+    reads: ClassVar[Literal["pooled", "tokens"]] = "tokens"
 
     def fit_path(self, X: TokenStates, y: NDArray[Any], classes: int) -> list[MaxMeanFit]:
         """Fit token states to codes `y` (rows,): one fit for each C."""
         import torch
 
-        from bathyscope_workers.probes.estimators._token_training import TokenProblem, minimise
+        from bathyscope_workers.probes.estimators._token_training import TokenProblem
         from bathyscope_workers.probes.estimators._torch import on_best_device
 
         check_rows(X, y, classes)
 
         def fit(device: torch.device) -> list[MaxMeanFit]:
             problem = TokenProblem.of(X, y, classes, standardize=self.standardize, device=device)
-            hidden, outputs = X.hidden_size, problem.outputs
+            own, outputs = problem.standardizer, problem.outputs
             width = problem.lengths.clamp_max(self.window)[:, None]
             starts = torch.arange(problem.place.shape[1], device=device)[None]
             beyond = (starts + width > problem.lengths[:, None])[..., None]
             ends = (starts + width).clamp_max(problem.place.shape[1])[..., None].expand(-1, -1, outputs)
 
-            def objective(parameters: torch.Tensor, C: float) -> torch.Tensor:
-                directions = parameters[: outputs * hidden].reshape(outputs, hidden)
-                sums = problem.token_scores(directions).cumsum(dim=1)
+            def pooled(tokens: torch.Tensor) -> torch.Tensor:
+                sums = tokens.cumsum(dim=1)
                 sums = torch.cat([torch.zeros_like(sums[:, :1]), sums], dim=1)  # (rows, longest + 1, outputs)
                 means = (sums.gather(1, ends) - sums[:, :-1]) / width[..., None]
-                scores = means.masked_fill(beyond, -torch.inf).amax(dim=1) + parameters[outputs * hidden :]
-                return C * problem.loss(scores) + directions.square().sum() / 2
+                return means.masked_fill(beyond, -torch.inf).amax(dim=1)
 
-            start = np.zeros(outputs * hidden + outputs)
             fits = []
-            for strength in self.C:
-                start, converged = minimise(lambda values, C=strength: objective(values, C), start, device)  # type: ignore[misc]
-                directions = start[: outputs * hidden].reshape(outputs, hidden)
-                weights, intercept = problem.to_raw(directions, start[outputs * hidden :])
-                own = problem.standardizer
+            for directions, offsets, converged in problem.solve_path(pooled, outputs, self.C):
+                weights, intercept = problem.to_raw(directions, offsets)
                 fits.append(MaxMeanFit(weights, intercept, self.window, own.mean, own.scale, converged))
             return fits
 

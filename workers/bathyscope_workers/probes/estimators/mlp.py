@@ -1,30 +1,40 @@
 """A small multi-layer perceptron: one hidden layer of rectified units, by scikit-learn.
 
-Adam on minibatches, with weight decay, until the score on a tenth of the training rows has not risen for a while
-(`early_stopping`); the weights of the best epoch are kept. That tenth is drawn from the training rows by the seed,
-stratified by class; where there are too few rows for that, training ends when the loss has all but stopped falling.
+Up to `FEW` training rows the penalised loss is minimised by L-BFGS: minibatches of so few rows make too few steps an
+epoch, and a tenth of them tells too little, to say when to end. With more rows Adam on minibatches, with weight decay,
+until the score on a tenth of the training rows has not risen for a while (`early_stopping`); the weights of the best
+epoch are kept. That tenth is drawn from the training rows by the seed, stratified by class.
 """
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from sklearn.neural_network import MLPClassifier, MLPRegressor
 
-from bathyscope_workers.probes.estimators._base import Floats, Standardizer, checked, probabilities
+from bathyscope_workers.probes.estimators._base import Floats, Penalised, Standardizer, checked, probabilities
 
 DEFAULT_MLP_C = (1.0,)
 """Of standardised states; 1 / C is scikit-learn's alpha."""
 
 UNITS = 64
 _MAX_EPOCHS = 500
-_PATIENCE = 20
+FEW = 2000
+"""Training rows up to which all of them make every step."""
+
+_ROUND = 100
+_MAX_ROUNDS = 10
+_LEAST_GAIN = 0.01
+"""L-BFGS ends when its gradient is small, or when a round of steps lowers the loss by less than this share: at the
+kinks of rectified units the gradient need not become small."""
+
+_PATIENCE = 25
+"""Epochs of more than `FEW` rows, each of at least ten steps of Adam, that the score may fail to rise."""
+
 _HELD_OUT = 0.1
-_FEW = 50
 
 
 @dataclass(frozen=True)
@@ -54,7 +64,7 @@ class MLPFit:
     """(1 or classes,)."""
 
     converged: bool = True
-    """Whether training ended before the last epoch allowed."""
+    """Whether training ended by itself, before the last step or epoch allowed."""
 
     kind: ClassVar[str] = "mlp"
 
@@ -81,7 +91,7 @@ class MLPFit:
 
 
 @dataclass(frozen=True)
-class MLPEstimator:
+class MLPEstimator(Penalised):
     """A perceptron on standardised states, one fit for each `C`."""
 
     C: tuple[float, ...] = DEFAULT_MLP_C
@@ -93,29 +103,8 @@ class MLPEstimator:
     seed: int = 0
     """Of the first weights, the minibatches and the rows that end training."""
 
-    @property
-    def name(self) -> str:
-        """`mlp`."""
-        return "mlp"
-
-    @property
-    def tasks(self) -> frozenset[str]:
-        """All of them."""
-        return frozenset({"binary", "multiclass", "regression"})
-
-    @property
-    def reads(self) -> Literal["pooled", "tokens"]:
-        """One vector a row."""
-        return "pooled"
-
-    @property
-    def penalties(self) -> tuple[float, ...]:
-        """The values of C."""
-        return self.C
-
-    def with_penalty(self, penalty: float) -> MLPEstimator:
-        """The same with this C alone."""
-        return replace(self, C=(penalty,))
+    name: ClassVar[str] = "mlp"
+    reads: ClassVar[Literal["pooled", "tokens"]] = "pooled"
 
     def fit_path(self, X: NDArray[np.floating], y: NDArray[Any], classes: int) -> list[MLPFit]:
         """Fit states `X` (rows, hidden), any float dtype, to codes or values `y` (rows,): one fit for each C."""
@@ -126,22 +115,15 @@ class MLPEstimator:
 
     def _fit(self, Z: NDArray[Any], y: NDArray[Any], classes: int, C: float, standardizer: Standardizer) -> MLPFit:
         shift, stretch = 0.0, 1.0
-        enough = _enough(y, classes)
-        settings = {
-            "tol": 1e-4 if enough else 1e-3,
-            "hidden_layer_sizes": (UNITS,),
-            "alpha": 1 / C,
-            "max_iter": _MAX_EPOCHS,
-            "n_iter_no_change": _PATIENCE,
-            "validation_fraction": _HELD_OUT,
-            "early_stopping": enough,
-            "random_state": self.seed,
-        }
+        settings = {"hidden_layer_sizes": (UNITS,), "alpha": 1 / C, "random_state": self.seed}
+        settings |= _training(y, classes)
         if classes:
-            model = MLPClassifier(**settings).fit(Z, y)
+            model = MLPClassifier(**settings)
         else:
+            model = MLPRegressor(**settings)
             shift, stretch = float(np.mean(y)), float(np.std(y)) or 1.0
-            model = MLPRegressor(**settings).fit(Z, (y - shift) / stretch)
+            y = (y - shift) / stretch
+        converged = _train(model, Z, y)
         first, second = (np.ascontiguousarray(weights.T, dtype=np.float64) for weights in model.coefs_)
         bias, intercept = (values.astype(np.float64) for values in model.intercepts_)
         return MLPFit(
@@ -151,12 +133,34 @@ class MLPEstimator:
             bias,
             stretch * second,
             stretch * intercept + shift,
-            converged=model.n_iter_ < _MAX_EPOCHS,
+            converged=converged,
         )
 
 
-def _enough(y: NDArray[Any], classes: int) -> bool:
-    """Whether a tenth of the rows can be spared, with a row of every class on both sides."""
-    if len(y) < _FEW:
-        return False
-    return not classes or (np.bincount(y).min() >= 2 and math.ceil(_HELD_OUT * len(y)) >= classes)
+def _training(y: NDArray[Any], classes: int) -> dict[str, Any]:
+    """How scikit-learn's model is trained on these rows."""
+    if len(y) <= FEW:
+        return {"solver": "lbfgs", "tol": 1e-3, "max_iter": _ROUND, "warm_start": True}
+    # Stratified by class, the tenth needs a row of every class on both sides.
+    spared = not classes or (np.bincount(y).min() >= 2 and _HELD_OUT * len(y) >= classes)
+    return {
+        "solver": "adam",
+        "max_iter": _MAX_EPOCHS,
+        "tol": 1e-4,
+        "n_iter_no_change": _PATIENCE,
+        "validation_fraction": _HELD_OUT,
+        "early_stopping": spared,
+    }
+
+
+def _train(model: Any, Z: NDArray[Any], y: NDArray[Any]) -> bool:
+    """Fit the model; whether it came to an end by itself."""
+    if model.solver == "adam":
+        return bool(model.fit(Z, y).n_iter_ < _MAX_EPOCHS)
+    before = float("inf")
+    for _ in range(_MAX_ROUNDS):
+        model.fit(Z, y)
+        if model.n_iter_ < _ROUND or model.loss_ > (1 - _LEAST_GAIN) * before:
+            return True
+        before = model.loss_
+    return False

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from bathyscope.errors import FieldError, InvalidRequest
+from bathyscope._estimators import check_estimator
+from bathyscope._targets import refused
 from bathyscope_workers.probes.estimators._base import Estimator
 from bathyscope_workers.probes.estimators.attention import DEFAULT_TOKEN_C, AttentionEstimator
 from bathyscope_workers.probes.estimators.lda import LDAEstimator
@@ -14,8 +15,6 @@ from bathyscope_workers.probes.estimators.max_mean import MaxMeanEstimator
 from bathyscope_workers.probes.estimators.mlp import DEFAULT_MLP_C, MLPEstimator
 from bathyscope_workers.probes.estimators.ridge import DEFAULT_RIDGE_C, RidgeEstimator
 
-OFFERED = ("logistic", "ridge", "mass_mean", "lda", "mlp", "attention", "max_mean")
-
 _DEFAULTS = {
     "logistic": DEFAULT_C,
     "ridge": DEFAULT_RIDGE_C,
@@ -24,9 +23,6 @@ _DEFAULTS = {
     "max_mean": DEFAULT_TOKEN_C,
 }
 """Of those that have a penalty."""
-
-_INSTEAD = {"logistic": "ridge or mlp", "mass_mean": "ridge or mlp", "lda": "ridge or mlp", "max_mean": "attention"}
-"""What to use where an estimator cannot learn a regression."""
 
 
 def make_estimator(
@@ -45,23 +41,11 @@ def make_estimator(
     learns. `covariance` is `none` or, for mass_mean alone, `shrunk`. Raises `InvalidRequest` pointing at `/estimator`,
     `/C` or `/covariance`.
     """
-    if name not in OFFERED:
-        raise _refused(f"There is no estimator {name!r}", "/estimator", f"use one of {', '.join(OFFERED)}")
-    if C is not None and name not in _DEFAULTS:
-        raise _refused(f"The estimator {name} has no penalty", "/C", "leave it out")
-    if covariance not in ("none", "shrunk"):
-        raise _refused(f"There is no covariance {covariance!r}", "/covariance", "use none or shrunk")
-    if covariance != "none" and name != "mass_mean":
-        raise _refused(
-            f"The estimator {name} takes no covariance", "/covariance", "leave it out, or use the estimator mass_mean"
-        )
+    check_estimator(name, penalised=C is not None, covariance=covariance, task=task)
     strengths = _DEFAULTS.get(name, ()) if C is None else tuple(sorted({float(value) for value in C}))
     if name in _DEFAULTS and not (strengths and all(0 < value < float("inf") for value in strengths)):
-        raise _refused("C needs one or more positive numbers", "/C", "give one or more positive numbers")
-    estimator = _make(name, strengths, standardize, seed, covariance)
-    if task is not None and task not in estimator.tasks:
-        raise _refused(f"The estimator {name} does not learn a {task}", "/estimator", f"use {_INSTEAD[name]}")
-    return estimator
+        raise refused("/C", "C needs one or more positive numbers")
+    return _make(name, strengths, standardize, seed, covariance)
 
 
 def _make(name: str, C: tuple[float, ...], standardize: bool, seed: int, covariance: str) -> Estimator:
@@ -80,7 +64,3 @@ def _make(name: str, C: tuple[float, ...], standardize: bool, seed: int, covaria
             return MaxMeanEstimator(C, standardize)
         case _:
             return LogisticEstimator(C, standardize)
-
-
-def _refused(sentence: str, pointer: str, detail: str) -> InvalidRequest:
-    return InvalidRequest(f"{sentence}: {detail}.", errors=[FieldError(pointer=pointer, detail=detail)])

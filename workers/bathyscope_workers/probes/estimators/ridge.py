@@ -10,21 +10,21 @@ positive class's log-odds 2f. That is the logistic function that agrees with (1 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import dataclass
+from typing import ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.linalg import LinAlgError, cho_factor, cho_solve, eigh
 
-from bathyscope_workers.probes.estimators._base import Floats, LinearFit, Standardizer, checked
+from bathyscope_workers.probes.estimators._base import Floats, LinearFit, Penalised, Standardizer, checked
 
 DEFAULT_RIDGE_C = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 """Squared errors have no scale of their own, so there is no one good strength."""
 
 
 @dataclass(frozen=True)
-class RidgeEstimator:
+class RidgeEstimator(Penalised):
     """L2-penalised least squares on standardised states, one fit for each `C`."""
 
     C: tuple[float, ...] = DEFAULT_RIDGE_C
@@ -33,29 +33,8 @@ class RidgeEstimator:
     standardize: bool = True
     """Divide each feature by its deviation over the training rows."""
 
-    @property
-    def name(self) -> str:
-        """`ridge`."""
-        return "ridge"
-
-    @property
-    def tasks(self) -> frozenset[str]:
-        """All of them."""
-        return frozenset({"binary", "multiclass", "regression"})
-
-    @property
-    def reads(self) -> Literal["pooled", "tokens"]:
-        """One vector a row."""
-        return "pooled"
-
-    @property
-    def penalties(self) -> tuple[float, ...]:
-        """The values of C."""
-        return self.C
-
-    def with_penalty(self, penalty: float) -> RidgeEstimator:
-        """The same with this C alone."""
-        return replace(self, C=(penalty,))
+    name: ClassVar[str] = "ridge"
+    reads: ClassVar[Literal["pooled", "tokens"]] = "pooled"
 
     def fit_path(self, X: NDArray[np.floating], y: NDArray[np.generic], classes: int) -> list[LinearFit]:
         """Fit states `X` (rows, hidden), any float dtype, to codes or values `y` (rows,): one fit for each C."""

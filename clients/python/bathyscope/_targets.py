@@ -25,6 +25,9 @@ MAX_CLASSES = 256
 LARGEST_VALUE = 1e100
 """A regression target beyond this is refused: its square, summed over the rows, has to be a number."""
 
+SMALLEST_SPREAD = 1e-100
+"""The values of a regression lie this far apart at least, or the squares of their differences are 0."""
+
 _TASKS = ("auto", "binary", "multiclass", "regression")
 
 _MAX_ERRORS = 16
@@ -67,7 +70,8 @@ def encode_labels(labels: Sequence[Any], rows: int, *, task: str = "auto") -> Ta
 
     Class labels are booleans, whole numbers (2.0 counts as 2) or strings, all of one kind; for regression they are
     numbers. `auto` means regression when numbers are not whole. Raises `InvalidRequest` pointing at `/labels`,
-    `/labels/<row>` or `/task` for a wrong length, a missing value, mixed kinds, or labels that are all the same.
+    `/labels/<row>` or `/task` for a wrong length, a missing value, one out of range, mixed kinds, or labels that are
+    all the same.
     """
     if task not in _TASKS:
         raise refused("/task", f"task is one of {', '.join(_TASKS)}; it is {task!r}")
@@ -86,7 +90,7 @@ def encode_labels(labels: Sequence[Any], rows: int, *, task: str = "auto") -> Ta
         )
     kinds = {_kind(value) for value in values}
     if len(kinds) > 1:
-        raise refused("/labels", f"labels are of one kind; these mix {' and '.join(sorted(kinds))}")
+        raise refused("/labels", f"labels are of one kind; these mix {' and '.join(sorted(kinds))}: write them alike")
     if task == "regression":
         return _values(values, kinds)
     if kinds == {"numbers"}:
@@ -94,18 +98,25 @@ def encode_labels(labels: Sequence[Any], rows: int, *, task: str = "auto") -> Ta
             if task == "auto":
                 return _values(values, kinds)
             raise refused(
-                "/labels", f"classes are booleans, whole numbers or strings, for a {task} task; these are not"
+                "/labels",
+                f"classes are booleans, whole numbers or strings, for a {task} task, and these are not; for values "
+                "set task to regression",
             )
         values = [int(value) for value in values]
+        _refuse_rows(
+            "Classes are whole numbers of 64 bits; use strings for longer ones.",
+            "the whole number has more than 64 bits; as a class write it as a string",
+            [row for row, value in enumerate(values) if not -(2**63) <= value < 2**64],
+        )
     classes = tuple(sorted(set(values)))
     if len(classes) < 2:
-        found = f"every label is {classes[0]!r}" if classes else "there are no rows"
+        found = f"every label is {classes[0]!r}: give rows of another class too" if classes else "there are no rows"
         raise refused("/labels", f"a probe needs two classes at least; {found}")
     if len(classes) > MAX_CLASSES:
         hint = "; if they are measurements, set task to regression" if kinds == {"numbers"} else ""
         raise refused("/labels", f"there are {len(classes)} different labels; at most {MAX_CLASSES} classes fit{hint}")
     if task == "binary" and len(classes) > 2:
-        raise refused("/labels", f"a binary task has two classes; these labels have {len(classes)}")
+        raise refused("/labels", f"a binary task has two classes; these labels have {len(classes)}: set task to auto")
     index = {label: code for code, label in enumerate(classes)}
     codes = np.fromiter((index[value] for value in values), dtype=np.int64, count=rows)
     return Targets(task="binary" if len(classes) == 2 else "multiclass", classes=classes, codes=codes)
@@ -115,17 +126,24 @@ def _values(values: list[Any], kinds: set[str]) -> Targets:
     if kinds != {"numbers"}:
         found = f"these are {kinds.pop()}" if kinds else "there are no rows"
         raise refused("/labels", f"a regression needs numbers; {found}")
-    faults = [
-        FieldError(pointer=f"/labels/{row}", detail=f"the number is beyond {LARGEST_VALUE:g}")
-        for row, value in enumerate(values)
-        if abs(value) > LARGEST_VALUE
-    ]
-    if faults:
-        raise InvalidRequest("Labels are too large to compute with; rescale them.", errors=faults[:_MAX_ERRORS])
+    _refuse_rows(
+        "Labels are too large to compute with; rescale them.",
+        f"the number is beyond {LARGEST_VALUE:g}",
+        [row for row, value in enumerate(values) if abs(value) > LARGEST_VALUE],
+    )
     numbers = np.array([float(value) for value in values])
     if numbers.min() == numbers.max():
-        raise refused("/labels", f"a regression needs labels that differ; every one is {values[0]!r}")
+        raise refused(
+            "/labels", f"a regression needs labels that differ; every one is {values[0]!r}: give rows of other values"
+        )
+    if not spread_out(numbers):
+        raise refused("/labels", f"all labels lie within {SMALLEST_SPREAD:g} of each other; rescale them")
     return Targets("regression", (), np.zeros(len(numbers), dtype=np.int64), numbers)
+
+
+def spread_out(values: NDArray[np.float64]) -> bool:
+    """Whether values differ by enough to compute with."""
+    return bool(values.max() - values.min() >= SMALLEST_SPREAD)
 
 
 def encode_groups(groups: Sequence[Any], rows: int) -> NDArray[np.int64]:
@@ -150,6 +168,12 @@ def first_seen_codes(values: Sequence[Any]) -> NDArray[np.int64]:
     """Each value's number in the order of first appearance."""
     index: dict[Any, int] = {}
     return np.fromiter((index.setdefault(value, len(index)) for value in values), np.int64, count=len(values))
+
+
+def _refuse_rows(sentence: str, detail: str, rows: Sequence[int]) -> None:
+    if rows:
+        errors = [FieldError(pointer=f"/labels/{row}", detail=detail) for row in rows[:_MAX_ERRORS]]
+        raise InvalidRequest(sentence, errors=errors)
 
 
 def refused(pointer: str, detail: str) -> InvalidRequest:
