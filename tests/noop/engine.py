@@ -164,7 +164,8 @@ class NoopEngine:
     def _extract(self, job: RunJob, facts: dict[str, Any]) -> dict[str, Any]:
         spec = ExtractionSpec.from_wire(job.spec)
         layers = spec.resolve_layers(facts["num_layers"])
-        rows = [_tokens(number, item, spec, facts) for number, item in enumerate(_inputs(job), start=job.extra.get("first_input", 0))]
+        numbered = enumerate(_inputs(job), start=job.extra.get("first_input", 0))
+        rows = [_tokens(number, item, spec, facts) for number, item in numbered]
         if spec.pooling == "none":
             rows = [_kept(number, row, spec) for number, row in enumerate(rows)]
         offsets = np.cumsum([0, *map(len, rows)], dtype="<i8")

@@ -18,7 +18,7 @@ def split(lines: bytes, inputs: int, rows_each: int, settings: JobSettings) -> t
 
     A shard costs its own take, tokenising and commit, some hundredths of a second, so a job is split when that is
     little beside what its shards take, and then into more of them than there are likely to be workers: who is done
-    early takes another. They are about equal in bytes of text, which say more of the work than the number of inputs does.
+    early takes another. They are about equal in bytes of text, which say more of the work than the number of inputs.
     """
     wanted = max(inputs / settings.shard_inputs, len(lines) / settings.shard_bytes)
     many = min(int(np.ceil(wanted)), settings.max_shards, inputs)

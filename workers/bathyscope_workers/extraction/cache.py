@@ -375,7 +375,8 @@ class RowCache:
 
     def _used_bytes(self, txn: Any) -> int:
         stats = [txn.stat(db) for db in (self._rows, self._stamps, self._used)]
-        return PAGE * sum(one["branch_pages"] + one["leaf_pages"] + one["overflow_pages"] for one in stats)
+        pages: int = sum(one["branch_pages"] + one["leaf_pages"] + one["overflow_pages"] for one in stats)
+        return PAGE * pages
 
     def _has_room(self, txn: Any, wanted: int) -> bool:
         """Whether so many bytes fit; makes room for them."""
