@@ -80,6 +80,11 @@ def submit(running: Stack) -> str:
     return job_id
 
 
+def lease(running: Stack, job_id: str) -> Any:
+    """When it ends."""
+    return ask_redis(running, "ZSCORE", "{bathyscope}:leases", job_id)
+
+
 def restart(running: Stack, name: str) -> None:
     running.kill(name)
     running.start(name, "worker", BATHYSCOPE_WORKER__NAME=name)
@@ -147,6 +152,9 @@ def test_the_joiner_is_told_to_stop(two: Stack, gates: Path) -> None:
         until(reached.exists)
         answer = two.client.post(f"/v1/jobs/{job_id}/cancel")
         assert answer.status_code == 200, answer.text
+        for _ in range(2):  # the worker hears of it with a renewal, and has read that answer when it renews again
+            before = lease(two, job_id)
+            until(lambda: lease(two, job_id) != before)  # noqa: B023 - called at once
     assert two.job(job_id)["status"] == "cancelled"
     until(lambda: not left(two, "shards") and not left(two, "inputs"))
     until(lambda: not list((two.data_dir / "scratch").glob("*/job_*")))
