@@ -15,7 +15,7 @@ from benchmarks import machine, report
 from benchmarks.bench import Bench
 from benchmarks.measure import ForeignLoad
 from benchmarks.report import Row
-from benchmarks.rows import adapters, asking, memory, mixed, one_text, prefix, probes, shards
+from benchmarks.rows import adapters, again, asking, memory, mixed, one_text, prefix, probes, quantized, shards
 from benchmarks.stack import running
 
 ROWS: dict[str, Callable[[Bench], Row]] = {
@@ -28,6 +28,8 @@ ROWS: dict[str, Callable[[Bench], Row]] = {
     "attach": adapters.attach,
     "probes": probes.logistic,
     "prefix": prefix.run,
+    "again": again.run,
+    "quantized": quantized.run,
     "shards": shards.two_workers,
     "small-beside-large": shards.small_beside_large,
 }
