@@ -11,7 +11,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from benchmarks import machine, report
+from benchmarks import machine, page, report
 from benchmarks.bench import Bench
 from benchmarks.measure import ForeignLoad
 from benchmarks.report import Row
@@ -62,7 +62,9 @@ def main() -> int:
     report.show(rows, about, console)
     if not machine.has_fast_bfloat16() and "mixed-bfloat16" not in wanted:
         console.print("No bfloat16 row: this processor has neither AMX nor AVX-512 BF16.")
-    console.print(f"written to {options.json}")
+    html = options.json.with_suffix(".html")
+    page.write(html, rows, about)
+    console.print(f"written to {options.json} and {html.name} beside it")
     return 0
 
 

@@ -59,8 +59,7 @@ def run(bench: Bench) -> Row:
         }
     row = Row(
         name="quantized",
-        title=f"{many} texts of 5 to 170 tokens under each quantization of one model, layers {LAYERS}, on {bench.threads} "
-        "threads",
+        title=f"{many} texts of 5 to 170 tokens under each quantization of one model, layers {LAYERS}",
         comparisons=[
             Comparison(name, "unquantized", "tokens/s", found[name], found["none"], over(found[name], found["none"]))
             for name in QUANTIZATIONS[1:]
