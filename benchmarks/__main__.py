@@ -15,7 +15,20 @@ from benchmarks import machine, page, report
 from benchmarks.bench import Bench
 from benchmarks.measure import ForeignLoad
 from benchmarks.report import Row
-from benchmarks.rows import adapters, again, asking, memory, mixed, one_text, payload, prefix, probes, quantized, shards
+from benchmarks.rows import (
+    adapters,
+    again,
+    asking,
+    memory,
+    mixed,
+    noop_jobs,
+    one_text,
+    payload,
+    prefix,
+    probes,
+    quantized,
+    shards,
+)
 from benchmarks.stack import running
 
 ROWS: dict[str, Callable[[Bench], Row]] = {
@@ -31,6 +44,7 @@ ROWS: dict[str, Callable[[Bench], Row]] = {
     "again": again.run,
     "quantized": quantized.run,
     "payload": payload.run,
+    "noop-jobs": noop_jobs.run,
     "shards": shards.two_workers,
     "small-beside-large": shards.small_beside_large,
 }

@@ -32,8 +32,12 @@ _READY_SECONDS = 180.0
 class Stack:
     """The running processes."""
 
-    def __init__(self, data_dir: Path, *, workers: int = 1, **settings: object) -> None:
+    def __init__(
+        self, data_dir: Path, *, workers: int = 1, worker_module: str | None = None, **settings: object
+    ) -> None:
+        """`worker_module` is run in place of `bathyscope worker`."""
         self.data_dir = data_dir
+        self._worker_module = worker_module
         self._workers = ["worker", *(f"worker{number}" for number in range(1, workers))]
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -60,9 +64,12 @@ class Stack:
         """Start service and workers and wait until work would be done."""
         self._logs.mkdir()
         for name in ("service", *self._workers):
+            command = [sys.executable, "-P", "-m", "bathyscope.cli", "service" if name == "service" else "worker"]
+            if name != "service" and self._worker_module is not None:
+                command = [sys.executable, "-m", self._worker_module]
             with (self._logs / f"{name}.log").open("wb") as log:
                 self._children[name] = subprocess.Popen(
-                    [sys.executable, "-P", "-m", "bathyscope.cli", "service" if name == "service" else "worker"],
+                    command,
                     env={**self._environment, LIFELINE: str(self._lifeline[0])},
                     stdin=subprocess.DEVNULL,
                     stdout=log,
@@ -140,14 +147,14 @@ class Stack:
 
 
 @contextlib.contextmanager
-def running(*, workers: int = 1, **settings: object) -> Iterator[Stack]:
-    """A private installation, ended and removed afterwards; `settings` become `BATHYSCOPE_…` variables."""
+def running(*, workers: int = 1, worker_module: str | None = None, **settings: object) -> Iterator[Stack]:
+    """A private installation, ended and removed afterwards; see `Stack`, `settings` become `BATHYSCOPE_…` variables."""
     with tempfile.TemporaryDirectory(prefix="bathyscope-bench-", ignore_cleanup_errors=True) as folder:
         data_dir = Path(folder)
         kept = _CACHE / "models"
         kept.mkdir(parents=True, exist_ok=True)
         (data_dir / "models").symlink_to(kept)
-        stack = Stack(data_dir, workers=workers, **settings)
+        stack = Stack(data_dir, workers=workers, worker_module=worker_module, **settings)
         try:
             stack.start()
             yield stack
