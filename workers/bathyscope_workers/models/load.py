@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -74,8 +75,8 @@ def load_resident(
 ) -> Resident:
     """Load, measure and self-test a model.
 
-    `source` is what `locate(spec)` gave. `room_bytes` bounds the unquantized model that is loaded for a moment
-    to compare a quantized one with; None asks the device. Raises LoadFault, which carries the problem to tell
+    `source` is what `locate(spec)` gave. `room_bytes` bounds the unquantized model, or that in float32, which is loaded
+    for a moment to compare this one with; None asks the device. Raises LoadFault, which carries the problem to tell
     (`model-load-failed`, or `out-of-memory`); any other exception is a fault of the device.
     """
     quiet_libraries()
@@ -85,7 +86,7 @@ def load_resident(
     try:
         config, tokenizer = _read_config(spec, source), _read_tokenizer(source)
         tick()
-        against = _unquantized_states(spec, source, config, tokenizer, device, tick, room_bytes)
+        against = _exacter_states(spec, source, config, tokenizer, device, tick, room_bytes)
         before = device.used_bytes()
         model = _read_model(spec, source, config, device)
         tick()
@@ -228,8 +229,12 @@ def _resident(
     branching = test.passed and _branches(spec, model, forward, rows, style, tick)
     if spec.quantization == "none":
         _references(spec, source, rows).save(selftest.last_tokens(expected))
-    elif against is not None:
-        test.against_unquantized = selftest.compare(selftest.last_tokens(expected), against)
+    if against is not None:
+        comparison = selftest.compare(selftest.last_tokens(expected), against)
+        if spec.quantization == "none":
+            test.against_float32 = comparison
+        else:
+            test.against_unquantized = comparison
     facts = ResidentFacts(
         num_layers=forward.num_layers,
         hidden_size=int(config.get_text_config().hidden_size),
@@ -312,15 +317,17 @@ def _branches(spec: ModelSpec, model: Any, forward: Forward, rows: list[Any], st
     return True
 
 
-def _unquantized_states(
+def _exacter_states(
     spec: ModelSpec, source: Source, config: Any, tokenizer: Any, device: Device, tick: Tick, room_bytes: int | None
 ) -> selftest.States | None:
-    """States of the unquantized model, from disk or, where it fits, from loading it for a moment."""
-    if spec.quantization == "none":
+    """What this model's states are compared with: the unquantized model's, or of an unquantized one in lower precision
+    those in float32; from disk or, where it fits, from loading it for a moment."""
+    if spec.quantization != "none":
+        plain = replace(spec, quantization="none")
+    elif spec.compute_dtype != "float32":
+        plain = replace(spec, compute_dtype="float32")
+    else:
         return None
-    from dataclasses import replace
-
-    plain = replace(spec, quantization="none")
     vocab_size = int(config.get_text_config().vocab_size)
     own = getattr(config.get_text_config(), "max_position_embeddings", None)
     limits = [limit for limit in (own, spec.max_length) if limit]
@@ -331,7 +338,7 @@ def _unquantized_states(
         return known
     room = device.free_bytes() * 0.8 if room_bytes is None else room_bytes
     if estimate_bytes(source.folder, plain) > room:
-        log.info("%s: the unquantized model does not fit beside what is loaded, so it is not compared", spec.key)
+        log.info("%s: %s does not fit beside what is loaded, so it is not compared", spec.key, plain.key)
         return None
     model = _read_model(plain, source, config, device)
     tick()

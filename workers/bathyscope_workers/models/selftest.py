@@ -46,7 +46,7 @@ TEXTS: tuple[str, ...] = (
 MAX_TOKENS = 64
 """Of each text, so that the test costs the same on every model."""
 _KEPT_TOKENS = 16
-"""Last tokens of each text that are compared with the unquantized model."""
+"""Last tokens of each text that are compared with the unquantized model's, or with float32."""
 
 FLOAT32_TOLERANCE = 1e-5
 _MEDIAN_TOLERANCE = {"float16": 0.02, "bfloat16": 0.05}
@@ -90,14 +90,16 @@ class SelfTest:
     comparison: Comparison
     passed: bool
     against_unquantized: Comparison | None = None
+    against_float32: Comparison | None = None
 
     def to_wire(self) -> dict[str, Any]:
         """The `self_test` of `/v1/models`."""
-        against = self.against_unquantized
+        against, rounded = self.against_unquantized, self.against_float32
         return {
             "texts": self.texts,
             **self.comparison.to_wire(),
             "against_unquantized": None if against is None else against.to_wire(),
+            "against_float32": None if rounded is None else rounded.to_wire(),
             "passed": self.passed,
         }
 
@@ -231,7 +233,7 @@ def last_tokens(states: States) -> States:
 
 
 class ReferenceStates:
-    """The unquantized model's states, kept on disk so that it need not be loaded for every quantized load."""
+    """An unquantized model's states, kept on disk so that it need not be loaded for every one compared with it."""
 
     def __init__(
         self, data_dir: str, *, name: str, revision: str, compute_dtype: str, rows: list[NDArray[np.int32]]
