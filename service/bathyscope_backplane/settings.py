@@ -45,6 +45,9 @@ class Limits(_Group):
     max_rows: int = Field(default=100_000, ge=1)
     """Most inputs of one extraction."""
 
+    max_resampled: int = Field(default=4_000_000_000, ge=1)
+    """Most rows x layers x resamples of one probe's intervals: some ten minutes of a core."""
+
     max_tokens: int = Field(default=50_000_000, ge=1)
     """Most tokens of one extraction, estimated for each text as its bytes or `max_length`, whichever is less."""
 

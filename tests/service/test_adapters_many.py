@@ -365,7 +365,8 @@ def assert_bounded(noted: list[dict[str, Any]]) -> None:
     batches = [one for one in noted if one["event"] == "batch"]
     assert max(one["used"] for one in attached + batches) <= BOUND
     held = [len(one["held"]) for one in attached]
-    assert ADAPTERS // 6 < max(held) < ADAPTERS // 2, max(held)
+    # How many it holds follows from which: the bound is one of bytes, and the kinds differ twelvefold in size.
+    assert ADAPTERS // 6 < max(held) < ADAPTERS, max(held)
     evicted = sum(
         len({*before["held"]} - {*after["held"]})
         for before, after in pairwise(attached)
