@@ -121,7 +121,7 @@ def test_rows_of_many_sizes_do_not_fill_it_for_good(tmp_path: Path) -> None:
         vectors = sizes.choice([1, 1, 3, 20, 100, 200])
         kept.put([number], (1,), vectors)
         if number % 100 == 99:
-            kept.cache._resting_until = 0.0
+            kept.cache._file._resting_until = 0.0
             kept.put([10_000 + number, 20_000 + number], (1,), 5)
             assert kept.has([10_000 + number, 20_000 + number], (1,), 5), number
     kept.cache.close()

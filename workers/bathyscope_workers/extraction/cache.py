@@ -3,37 +3,25 @@
 A row's key is a digest of all that its numbers depend on but the layer (`reuse`). Its layers come in groups, one for
 each time that some were added, so that a row with more layers serves one that asks for fewer, and further ones join it:
 `rows` holds a record (`cache_record`) under the key and the number of the group. `stamps` says when a row was last
-used, `used` is the same in the order of time: when there is no room, rows go from its beginning.
-
-LMDB is told not to wait for the disk: a process that is killed leaves what it had committed, since the kernel has it,
-and a machine that loses power may leave a damaged file, which is noticed (`cache_place`, and the sum of each record)
-and dropped. The map is as large as the cache may become, so no fault of the reckoning makes the file larger.
+used, `used` is the same in the order of time: when there is no room, rows go from its beginning. The file that holds
+the three is the matter of `cache_file`.
 
 Nothing here fails a job: what cannot be read is computed, what cannot be written is left out.
 """
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
-import os
 import struct
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-import lmdb
 import numpy as np
-import structlog
 
-from bathyscope_workers.extraction.cache_place import DATA, Place, find_place
-from bathyscope_workers.extraction.cache_record import PAGE, Block, Damaged, held_layers, parse, record, size_of
-
-_log = structlog.get_logger(__name__)
+from bathyscope_workers.extraction.cache_file import CacheFile
+from bathyscope_workers.extraction.cache_record import Block, Damaged, held_layers, parse, record, size_of
 
 T = TypeVar("T")
 
@@ -46,32 +34,11 @@ _GROUPS = 255
 _FULL_AT = 0.85
 """Part of the map that may be in use: a change needs free pages for its copies, a long row needs them in one piece."""
 _EVICTED_AT_ONCE = 512
-_OPEN_SECONDS = 5.0
-"""How long the first question waits for a file that is still being looked at."""
-_GUARD_SECONDS = 0.05
-"""How long a write waits for another worker's: then it is left out."""
-_REST_SECONDS = 30.0
-"""Without writes, after one for which there was no room."""
 _TOUCHED = 2000
 _AT_ONCE_BYTES = 4 * 2**20
 """Of a transaction."""
 _WRITING_PART, _CREDIT_SECONDS = 0.1, 0.5
 """Which part of the time that the device computes may go into writing, and how much of it is saved up."""
-_FULL_TIMES = 2
-_FAULTS = (
-    lmdb.BadDbiError,
-    lmdb.BadTxnError,
-    lmdb.CorruptedError,
-    lmdb.CursorFullError,
-    lmdb.IncompatibleError,
-    lmdb.InvalidError,
-    lmdb.PageFullError,
-    lmdb.PageNotFoundError,
-    lmdb.PanicError,
-    lmdb.VersionMismatchError,
-    Damaged,
-)
-"""Errors that say something against the file; the others are of the disk, or of another worker."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,88 +81,20 @@ class RowCache:
     def __init__(self, options: CacheOptions) -> None:
         self.options = options
         self.counts = CacheCounts()
-        self._env: lmdb.Environment | None = None
-        self._place: Place | None = None
-        self._guard = -1
+        self._file = CacheFile(options.folder, options.max_bytes, options.min_free_bytes)
         self._touched: dict[bytes, None] = {}
-        self._resting_until = 0.0
         self._credit = _CREDIT_SECONDS
-        self._full = 0
         self._fits: dict[tuple[bytes, tuple[int, ...]], _Layers] = {}
-        self._waited = False
-        self._opening = threading.Thread(target=self._open_first, name="cache", daemon=True)
-        self._opening.start()
-
-    # --- opening ------------------------------------------------------------------------------------------
 
     @property
     def ready(self) -> bool:
         """Whether rows can be read and written."""
-        if self._opening.is_alive():
-            self._opening.join(0.0 if self._waited else _OPEN_SECONDS)
-            self._waited = True
-            if self._opening.is_alive():
-                return False
-        return self._env is not None
-
-    def _open_first(self) -> None:
-        try:
-            self._place = find_place(self.options.folder, max_bytes=self.options.max_bytes)
-            if self._place is None:
-                _log.warning("cache.off", reason="no place is free", folder=str(self.options.folder))
-                return
-            self._guard = os.open(self._place.folder / "guard", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-            self._open()
-        except (lmdb.Error, OSError, _Busy) as error:
-            _log.warning("cache.off", reason=str(error), folder=str(self.options.folder))
-
-    def _open(self) -> None:
-        assert self._place is not None
-        env = lmdb.open(
-            str(self._place.folder),
-            map_size=self.options.max_bytes // PAGE * PAGE,
-            max_dbs=3,
-            mode=0o600,
-            sync=False,
-            metasync=False,
-            readahead=False,
-        )
-        try:
-            env.reader_check()
-            with self._guarded(_OPEN_SECONDS):
-                self._rows, self._stamps, self._used = (env.open_db(name) for name in (b"rows", b"stamps", b"used"))
-        except BaseException:
-            env.close()
-            raise
-        self._env = env
+        return self._file.ready
 
     def close(self) -> None:
         """Let go of it."""
-        self._opening.join(_OPEN_SECONDS)
         self.tidy()
-        if self._env is not None:
-            self._env.close()
-            self._env = None
-        if self._guard >= 0:
-            os.close(self._guard)
-            self._guard = -1
-        if self._place is not None:
-            self._place.close()
-            self._place = None
-
-    def _drop(self, reason: str) -> None:
-        """Begin anew: what is in the file cannot be trusted."""
-        assert self._place is not None
-        _log.warning("cache.dropped", reason=reason, folder=str(self._place.folder))
-        if self._env is not None:
-            self._env.close()
-            self._env = None
-        self._touched.clear()
-        try:
-            self._place.clear()
-            self._open()
-        except (lmdb.Error, OSError, _Busy) as error:
-            _log.warning("cache.off", reason=str(error), folder=str(self._place.folder))
+        self._file.close()
 
     # --- reading ------------------------------------------------------------------------------------------
 
@@ -203,16 +102,13 @@ class RowCache:
         """Copy rows that have all these layers to their targets; which of them there were."""
         if not self.ready:
             return [False] * len(keys)
-        assert self._env is not None
         found: list[bool] = []
-        try:
-            with self._env.begin(db=self._rows, buffers=True) as txn:
-                for key, target in zip(keys, targets, strict=True):
-                    found.append(self._load_row(txn, key, layers, target))
-        except _FAULTS as error:
-            self._drop(str(error))
-        except lmdb.Error as error:
-            self._unable(error)
+
+        def look(txn: Any) -> None:
+            for key, target in zip(keys, targets, strict=True):
+                found.append(self._load_row(txn, key, layers, target))
+
+        self._file.read(look)
         # What was copied before a fault had its sum checked.
         return found + [False] * (len(keys) - len(found))
 
@@ -272,7 +168,7 @@ class RowCache:
         most = max(2**16, self.options.max_bytes // _ROW_SHARE)
         at_once = min(_AT_ONCE_BYTES, self.options.max_bytes // 16)
         written = first = 0
-        while first < len(keys) and self._credit > 0 and time.monotonic() >= self._resting_until and self.ready:
+        while first < len(keys) and self._credit > 0 and not self._file.resting and self.ready:
             started, last, size = time.monotonic(), first, 0
             while last < len(keys) and (last == first or size + blocks[last].nbytes <= at_once):
                 size += blocks[last].nbytes
@@ -302,7 +198,7 @@ class RowCache:
         lacking = dict.fromkeys(layers)
         for group in range(_GROUPS):
             name = key + bytes((group,))
-            value = txn.get(name, db=self._rows)
+            value = txn.get(name, db=self._file.rows)
             if value is None:
                 break
             for layer in np.frombuffer(held_layers(value), dtype="<u2").tolist():
@@ -314,7 +210,7 @@ class RowCache:
         if len(lacking) < len(layers):
             block = block[:, [place for place, layer in enumerate(layers) if layer in lacking]]
         made = record(key, tuple(lacking), block)
-        txn.put(name, made, db=self._rows)
+        txn.put(name, made, db=self._file.rows)
         return len(made)
 
     def tidy(self) -> bool:
@@ -351,69 +247,49 @@ class RowCache:
         self._change(stamp_all, None)
 
     def _stamp(self, txn: Any, key: bytes, stamp: bytes, *, known: bool = False) -> None:
-        before = txn.get(key, db=self._stamps)
+        before = txn.get(key, db=self._file.stamps)
         if before is not None:
-            txn.delete(bytes(before) + key, db=self._used)
+            txn.delete(bytes(before) + key, db=self._file.used)
         elif known:  # another worker made room meanwhile
             return
-        txn.put(key, stamp, db=self._stamps)
-        txn.put(stamp + key, b"", db=self._used)
+        txn.put(key, stamp, db=self._file.stamps)
+        txn.put(stamp + key, b"", db=self._file.used)
 
     # --- room ---------------------------------------------------------------------------------------------
 
     @property
     def used_bytes(self) -> int:
         """Of the pages that hold something."""
-        if not self.ready:
-            return 0
-        assert self._env is not None
-        try:
-            with self._env.begin() as txn:
-                return self._used_bytes(txn)
-        except lmdb.Error:
-            return 0
-
-    def _used_bytes(self, txn: Any) -> int:
-        stats = [txn.stat(db) for db in (self._rows, self._stamps, self._used)]
-        pages: int = sum(one["branch_pages"] + one["leaf_pages"] + one["overflow_pages"] for one in stats)
-        return PAGE * pages
+        return self._file.used_bytes
 
     def _has_room(self, txn: Any, wanted: int) -> bool:
         """Whether so many bytes fit; makes room for them."""
-        assert self._place is not None
         most = int(self.options.max_bytes * _FULL_AT)
         if wanted > most:
             return False
-        used = self._used_bytes(txn)
+        used = self._file.used_in(txn)
         if used + wanted > most:
             used -= self._evict(txn, used + wanted - most)
             if used + wanted > most:
                 return False
-        with contextlib.suppress(OSError):
-            facts = os.statvfs(self._place.folder)
-            inside = (self._place.folder / DATA).stat().st_size - used
-            growth = wanted - max(0, inside) // 2  # free pages are not always where they are needed
-            if growth > 0 and facts.f_bavail * facts.f_frsize - growth < self.options.min_free_bytes:
-                self._resting_until = time.monotonic() + _REST_SECONDS
-                return False
-        return True
+        return self._file.disk_has_room(used, wanted)
 
     def _evict(self, txn: Any, wanted: int) -> int:
-        """Remove the rows used longest ago, about so many bytes of them; gives how many were removed."""
+        """Remove the rows used longest ago, about so many bytes of them; gives how many bytes went."""
         freed = rows = 0
-        with txn.cursor(db=self._used) as cursor:
+        with txn.cursor(db=self._file.used) as cursor:
             if not cursor.first():
                 return 0
             while freed < wanted and rows < _EVICTED_AT_ONCE:
                 name = bytes(cursor.key())
                 key = name[8:]
                 for group in range(_GROUPS):
-                    value = txn.get(key + bytes((group,)), db=self._rows)
+                    value = txn.get(key + bytes((group,)), db=self._file.rows)
                     if value is None:
                         break
                     freed += size_of(len(value))
-                    txn.delete(key + bytes((group,)), db=self._rows)
-                txn.delete(key, db=self._stamps)
+                    txn.delete(key + bytes((group,)), db=self._file.rows)
+                txn.delete(key, db=self._file.stamps)
                 self._touched.pop(key, None)
                 rows += 1
                 if not cursor.delete() or not cursor.key():
@@ -422,66 +298,7 @@ class RowCache:
         return freed
 
     def _change(self, work: Callable[[Any], T], otherwise: T) -> T:
-        """Do some work in a transaction that writes; `otherwise` when nothing came of it."""
-        assert self._env is not None
-        try:
-            with self._guarded(_GUARD_SECONDS), self._env.begin(write=True, buffers=True) as txn:
-                done = work(txn)
-        except _Busy:
-            return otherwise
-        except lmdb.MapFullError:
-            self._full += 1
-            if self._full > _FULL_TIMES:
-                self._full = 0
-                self._drop("its free pages are in too many pieces")
-            else:
-                self._make_room()
-            return otherwise
-        except _FAULTS as error:
-            self._drop(str(error))
-            return otherwise
-        except lmdb.Error as error:
-            self._unable(error)
-            return otherwise
-        self._full = 0
-        return done
-
-    def _make_room(self) -> None:
-        assert self._env is not None
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(contextlib.suppress(lmdb.Error, _Busy))
-            stack.enter_context(self._guarded(_GUARD_SECONDS))
-            txn = stack.enter_context(self._env.begin(write=True, buffers=True))
-            self._evict(txn, self.options.max_bytes // 8)
-
-    @contextmanager
-    def _guarded(self, seconds: float) -> Iterator[None]:
-        """LMDB's own lock waits for ever, for a process that was stopped too."""
-        deadline = time.monotonic() + seconds
-        while True:
-            try:
-                fcntl.flock(self._guard, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise _Busy from None
-                time.sleep(0.001)
-        try:
-            yield
-        finally:
-            fcntl.flock(self._guard, fcntl.LOCK_UN)
-
-    def _unable(self, error: Exception) -> None:
-        """A disk that is full, or another worker whose cache may be larger."""
-        self._resting_until = time.monotonic() + _REST_SECONDS
-        _log.warning("cache.unable", error=str(error))
-        if isinstance(error, lmdb.MapResizedError) and self._env is not None:
-            with contextlib.suppress(lmdb.Error):
-                self._env.set_mapsize(0)
-
-
-class _Busy(Exception):
-    """Another worker writes."""
+        return self._file.change(work, otherwise, lambda txn: self._evict(txn, self.options.max_bytes // 8))
 
 
 def _now() -> bytes:
