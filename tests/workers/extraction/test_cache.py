@@ -10,10 +10,11 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import lmdb
 import numpy as np
 import pytest
 from structlog.testing import capture_logs
@@ -212,6 +213,64 @@ def test_a_damaged_file_is_dropped_and_said_so(tmp_path: Path, how: str) -> None
     assert len(found) < 300
     second.put([1000])
     assert second.has([1000]) == [1000]
+    second.cache.close()
+
+
+def _alter(folder: Path, change: Callable[[dict[bytes, bytes]], None]) -> None:
+    """Change records behind the cache's back, in a file that stays whole."""
+    with lmdb.open(str(folder / "0"), max_dbs=3, map_size=8 * MIB) as env:
+        rows = env.open_db(b"rows", create=False)
+        with env.begin(db=rows, write=True) as txn:
+            records = {bytes(name): bytes(value) for name, value in txn.cursor()}
+            change(records)
+            for name, value in records.items():
+                txn.put(name, value)
+
+
+def _alone(number: int) -> bytes:
+    """The name of a row's first record."""
+    return key(number) + b"\0"
+
+
+RECORDS: dict[str, Callable[[dict[bytes, bytes]], None]] = (
+    {
+        "of another key": lambda records: records.update({_alone(1): records[_alone(2)]}),
+        "cut": lambda records: records.update({_alone(1): records[_alone(1)][:-1]}),
+        "cut within its header": lambda records: records.update({_alone(1): records[_alone(1)][:9]}),
+        "cut within its layers": lambda records: records.update({_alone(1): records[_alone(1)][:19]}),
+        "empty": lambda records: records.update({_alone(1): b""}),
+        "longer": lambda records: records.update({_alone(1): records[_alone(1)] + b"\0"}),
+        "with more layers than it has": lambda records: records.update(
+            {_alone(1): records[_alone(1)][:4] + b"\xff\xff\xff\x7f" + records[_alone(1)][8:] + b"\0"}
+        ),
+    }
+    | {
+        f"with byte {place} flipped": lambda records, place=place: records.update(  # type: ignore[misc]
+            {
+                _alone(1): records[_alone(1)][:place]
+                + bytes((records[_alone(1)][place] ^ 4,))
+                + records[_alone(1)][place + 1 :]
+            }
+        )
+        for place in (0, 4, 8, 12, 16, 18, 20, -1)
+    }
+)
+
+
+@pytest.mark.parametrize("first_asked", ["read", "added to"])
+@pytest.mark.parametrize("how", RECORDS)
+def test_a_damaged_record_gives_no_row(tmp_path: Path, how: str, first_asked: str) -> None:
+    first = Kept(tmp_path)
+    first.put([1, 2])
+    first.cache.close()
+    _alter(tmp_path, RECORDS[how])
+    second = Kept(tmp_path)
+    if first_asked == "added to":
+        second.put([1], (2, 3))
+    for layers in ((1, 2), (1,), (2,)):
+        second.has([1], layers)  # looks at what it finds
+    second.put([1])
+    assert second.has([1]) == [1]
     second.cache.close()
 
 

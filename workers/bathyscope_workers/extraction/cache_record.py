@@ -36,10 +36,13 @@ def record(key: bytes, layers: tuple[int, ...], block: Block) -> bytes:
 
 
 def held_layers(value: memoryview) -> bytes:
-    """Numbers of a record's layers, as they lie there."""
+    """Numbers of a record's layers, as they lie there; its sum is not looked at. Raises `Damaged`."""
     if len(value) < _HEADER.size:
         raise Damaged("a record is too short")
-    return bytes(value[_HEADER.size : _HEADER.size + 2 * _HEADER.unpack_from(value)[1]])
+    end = _HEADER.size + 2 * _HEADER.unpack_from(value)[1]
+    if len(value) < end:
+        raise Damaged("a record is shorter than it says")
+    return bytes(value[_HEADER.size : end])
 
 
 def parse(key: bytes, value: memoryview) -> tuple[bytes, Block]:
