@@ -13,6 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.service.test_adapters import added
+from tests.service.test_adapters_many import TEXTS as ADAPTER_TEXTS
+from tests.service.test_adapters_many import make, one_thread
 from tests.service.test_extractions import assert_close, npy, reference
 from tests.service.test_keys import make_key, run_keys
 from tests.service.test_metrics import metrics, value
@@ -107,6 +110,33 @@ def test_what_the_numbers_depend_on_is_asked_anew(fresh: Stack) -> None:
     ids = fresh.extract([{"token_ids": [5, 6, 7]}], **asked)
     assert ids["cache"]["hits"] == 0
     assert fresh.extract([{"token_ids": [5, 6, 7]}], **asked, metadata={"of": "another"})["cache"]["hits"] == 1
+
+
+def test_variants_find_the_rows_of_their_own_adapter(fresh: Stack, tiny_dir: Path, tmp_path: Path) -> None:
+    with one_thread():
+        made = make(tiny_dir, tmp_path, {"r": 8, "target_modules": ["q_proj", "down_proj"]}, [1, 2])
+    first, second = (added(fresh.client, made[seed].archive)["id"] for seed in (1, 2))
+    number, base = len(ADAPTER_TEXTS), reference(tiny_dir, ADAPTER_TEXTS)
+    wanted = {
+        "base": np.stack([states[-1] for states in base]),
+        first: np.stack([states[:, -1] for states in made[1].states]),
+        second: np.stack([states[:, -1] for states in made[2].states]),
+    }
+    seen: dict[str, np.ndarray[Any, Any]] = {}
+    for asked, hits in (
+        (["base", first], 0),
+        ([first, second], number),
+        ([second, "base", first], 3 * number),
+        ([first], number),
+    ):
+        adapter = asked if len(asked) > 1 else asked[0]
+        answered = fresh.extract([*ADAPTER_TEXTS, ADAPTER_TEXTS[0]], model="tiny", adapter=adapter)
+        assert answered["cache"] == {"hits": hits, "duplicates": len(asked)}, asked
+        states = npy(fresh, answered)
+        for name, found in zip(asked, states if len(asked) > 1 else [states], strict=True):
+            assert np.array_equal(found[-1], found[0])
+            assert_close(found[:-1], wanted[name])
+            assert np.array_equal(found, seen.setdefault(name, found)), "to the bit"
 
 
 def test_choices_are_scored_every_time(fresh: Stack) -> None:
