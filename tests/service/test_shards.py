@@ -83,6 +83,26 @@ def left(running: Stack, folder: str) -> list[Path]:
     return [path for path in (running.data_dir / "artifacts" / folder).rglob("*") if path.is_file()]
 
 
+def only_records_left(running: Stack, job_id: str) -> None:
+    """Of a job that has ended Redis holds its records, which lapse, and lists of what has ended: nothing that is still
+    to be done.
+    """
+    names = {"job", "events", "tomb"}
+    listed = set()
+    with redis.Redis.from_url(running.valkey.url, decode_responses=True) as client:
+        for key in client.scan_iter(f"{PREFIX}*", count=1000):
+            name, _, rest = key.removeprefix(PREFIX).partition(":")
+            if rest == job_id or rest.startswith(f"{job_id}+"):
+                assert name in names, key
+                assert client.ttl(key) > 0, key
+            elif client.type(key) in ("zset", "set"):
+                members = client.zrange(key, 0, -1) if client.type(key) == "zset" else client.smembers(key)
+                if any(member == job_id or member.startswith(f"{job_id}+") for member in members):
+                    listed.add(name)
+    assert listed == {"jobs", "expiry"}
+    assert not ask_redis(running, "HGETALL", f"{PREFIX}shards_running")
+
+
 def whole_and_pieces(running: Stack, inputs: list[Any], **options: Any) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """The extraction of all inputs, which is split, and extractions of pieces that are not."""
     whole = running.extract(inputs, model="tiny", layers=[0, 2], **options)
@@ -219,6 +239,7 @@ def test_a_fault_names_the_input_of_the_whole_job(two: Stack) -> None:
     assert {shard["status"] for shard in shards(two, job["id"])} <= {"failed", "cancelled", "succeeded"}
     assert "cancelled" in {shard["status"] for shard in shards(two, job["id"])}
     until(lambda: not left(two, "shards") and not left(two, "inputs"))
+    only_records_left(two, job["id"])
 
 
 def test_a_cancel_ends_all(two: Stack) -> None:
@@ -230,6 +251,7 @@ def test_a_cancel_ends_all(two: Stack) -> None:
     until(lambda: {shard["status"] for shard in shards(two, job_id)} == {"cancelled"})
     assert two.client.get("/v1/whoami").json()["use"]["queued_jobs"] == 0
     until(lambda: not left(two, "shards") and not left(two, "inputs"))
+    only_records_left(two, job_id)
     assert two.extract(["after"], model="tiny", layers=[0])["inputs"] == 1
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from bathyscope.errors import LaneFull
 from bathyscope_backplane.broker import Broker, Lease, NewJob, Shard, base_lane, shards_of
 from tests.backplane.broker.conftest import MakeBroker, MakeJob
 
@@ -119,6 +120,25 @@ async def test_what_counts_is_the_job(broker: Broker, split: Any) -> None:
     assert lane.oldest_age_ms >= 9_000
     assert await broker.cancel(job.id) == "cancelled"
     assert (await broker.usage(job.owner)).open_jobs == 0
+
+
+async def test_owners_take_turns_whatever_their_jobs_are_split_into(broker: Broker, split: Any) -> None:
+    large = [split(6, owner="key_a"), split(6, owner="key_a")]
+    for job in large:
+        await broker.submit(job)
+    late = split(2, owner="key_b")
+    await broker.submit(late)
+    turns = [(await take(broker, worker=f"w{number}"))[0] for number in range(4)]
+    assert [lease.owner for lease in turns] == ["key_a", "key_b", "key_a", "key_b"]
+    assert {lease.whole_id for lease in turns if lease.owner == "key_a"} == {large[0].id}
+
+
+async def test_a_lane_counts_it_as_one(make_broker: MakeBroker, split: Any, new_job: MakeJob) -> None:
+    broker = make_broker(lane_queued=2)
+    await broker.submit(split(5))
+    await broker.submit(new_job(lane=LANE, owner="key_b"))
+    with pytest.raises(LaneFull):
+        await broker.submit(new_job(lane=LANE, owner="key_b"))
 
 
 async def test_a_shard_that_fails_fails_the_job_and_stops_the_others(broker: Broker, split: Any) -> None:
