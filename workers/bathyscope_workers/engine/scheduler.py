@@ -3,7 +3,8 @@
 Extractions of one resident share batches, and a new one joins at the next batch. Owners take turns at leading a
 batch, and an owner's jobs take turns among themselves, so one text never waits for ten thousand; higher priority
 goes first, and a class is gained for every `AGING_SECONDS` a job was not served. The leader fills the batch as
-far as it can; what is left goes to rows of other jobs that fit its width. A leader that has no rows left and gives
+far as it can; what is left goes to rows of other jobs that fit its width. A batch takes as long as it is large, so
+where the leader ends with it, jobs that do not fill a part of it at most. A leader that has no rows left and gives
 answers in words goes on with those for a moment instead.
 
 Rows of a job that begin alike are taken one after the other, since each computes only what the one before did not; a
@@ -30,6 +31,8 @@ from bathyscope_workers.models.resident import Resident
 AGING_SECONDS = 10.0
 HEAD_START_SECONDS = 1.0
 """A job that is not tokenised at all yet counts as if it had waited so much longer."""
+_PART = 4
+"""Where its leader ends with a batch, rows of jobs that go on fill it up to one part in so many."""
 _LOOKED_AT = 64
 """Jobs whose next row is compared with one that fills a batch."""
 _CLASSES = {"high": 0, "normal": 1, "low": 2}
@@ -123,10 +126,14 @@ class Scheduler:
         for other in ready:
             if other is not leader and not self._fits(leader, other):
                 continue
+            goes_on = other is not leader and _rows_left(other) > budget // width - len(rows)
+            most = budget // _PART if goes_on and not _has_rows(leader) else budget
             for queue in other.running.queues:
-                room = budget // width - len(rows)
-                if room <= 0:
+                if budget // width <= len(rows):
                     return rows
+                room = most // width - len(rows)
+                if room <= 0:
+                    break
                 if queue and other.running.group_of(queue.adapter) == group:
                     taken = queue.take(budget, width=width, most=room)
                     if taken:
@@ -213,3 +220,7 @@ def next_to_tokenise(waiting: Sequence[Active]) -> Active:
 
 def _has_rows(active: Active) -> bool:
     return any(active.running.queues)
+
+
+def _rows_left(active: Active) -> int:
+    return sum(map(len, active.running.queues))
