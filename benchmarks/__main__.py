@@ -11,11 +11,24 @@ from pathlib import Path
 
 from rich.console import Console
 
-from benchmarks import machine, report
+from benchmarks import machine, page, report
 from benchmarks.bench import Bench
 from benchmarks.measure import ForeignLoad
 from benchmarks.report import Row
-from benchmarks.rows import adapters, asking, memory, mixed, one_text, probes
+from benchmarks.rows import (
+    adapters,
+    again,
+    asking,
+    memory,
+    mixed,
+    noop_jobs,
+    one_text,
+    payload,
+    prefix,
+    probes,
+    quantized,
+    shards,
+)
 from benchmarks.stack import running
 
 ROWS: dict[str, Callable[[Bench], Row]] = {
@@ -27,6 +40,13 @@ ROWS: dict[str, Callable[[Bench], Row]] = {
     "adapters": adapters.traffic,
     "attach": adapters.attach,
     "probes": probes.logistic,
+    "prefix": prefix.run,
+    "again": again.run,
+    "quantized": quantized.run,
+    "payload": payload.run,
+    "noop-jobs": noop_jobs.run,
+    "shards": shards.two_workers,
+    "small-beside-large": shards.small_beside_large,
 }
 _BFLOAT16_ONLY = {"mixed-bfloat16"}
 
@@ -57,7 +77,9 @@ def main() -> int:
     report.show(rows, about, console)
     if not machine.has_fast_bfloat16() and "mixed-bfloat16" not in wanted:
         console.print("No bfloat16 row: this processor has neither AMX nor AVX-512 BF16.")
-    console.print(f"written to {options.json}")
+    html = options.json.with_suffix(".html")
+    page.write(html, rows, about)
+    console.print(f"written to {options.json} and {html.name} beside it")
     return 0
 
 

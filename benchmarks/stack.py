@@ -32,8 +32,13 @@ _READY_SECONDS = 180.0
 class Stack:
     """The running processes."""
 
-    def __init__(self, data_dir: Path, **settings: object) -> None:
+    def __init__(
+        self, data_dir: Path, *, workers: int = 1, worker_module: str | None = None, **settings: object
+    ) -> None:
+        """`worker_module` is run in place of `bathyscope worker`."""
         self.data_dir = data_dir
+        self._worker_module = worker_module
+        self._workers = ["worker", *(f"worker{number}" for number in range(1, workers))]
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = int(probe.getsockname()[1])
@@ -46,6 +51,8 @@ class Stack:
             "BATHYSCOPE_REDIS_URL": self.redis_url,
             "BATHYSCOPE_PORT": str(port),
             "BATHYSCOPE_LOG_LEVEL": "warning",
+            # A run that is timed twice is computed twice.
+            "BATHYSCOPE_CACHE__MAX_BYTES": "0",
             **{f"BATHYSCOPE_{name.upper()}": str(value) for name, value in settings.items()},
         }
         self._lifeline = os.pipe()
@@ -54,12 +61,15 @@ class Stack:
         self._logs = data_dir / "logs"
 
     def start(self) -> None:
-        """Start service and worker and wait until work would be done."""
+        """Start service and workers and wait until work would be done."""
         self._logs.mkdir()
-        for name in ("service", "worker"):
+        for name in ("service", *self._workers):
+            command = [sys.executable, "-P", "-m", "bathyscope.cli", "service" if name == "service" else "worker"]
+            if name != "service" and self._worker_module is not None:
+                command = [sys.executable, "-m", self._worker_module]
             with (self._logs / f"{name}.log").open("wb") as log:
                 self._children[name] = subprocess.Popen(
-                    [sys.executable, "-P", "-m", "bathyscope.cli", name],
+                    command,
                     env={**self._environment, LIFELINE: str(self._lifeline[0])},
                     stdin=subprocess.DEVNULL,
                     stdout=log,
@@ -78,8 +88,8 @@ class Stack:
                 time.sleep(0.1)
 
     def stop(self) -> None:
-        """End the worker, the service, then Valkey."""
-        for name in ("worker", "service"):
+        """End the workers, the service, then Valkey."""
+        for name in (*self._workers, "service"):
             child = self._children.get(name)
             if child is None:
                 continue
@@ -102,13 +112,19 @@ class Stack:
         return "\n".join(f"--- {path.name}\n{path.read_text()[-3000:]}" for path in sorted(self._logs.glob("*.log")))
 
     def processes(self) -> dict[str, int]:
-        """Process ids by role: `service`, `supervisor`, `model engine`, `cpu engine`, `valkey`."""
-        found = {"service": self._children["service"].pid, "supervisor": self._children["worker"].pid}
-        for child in psutil.Process(found["supervisor"]).children(recursive=True):
-            with contextlib.suppress(psutil.Error):
-                words = child.cmdline()
-                if "bathyscope_workers.engine" in words:
-                    found[f"{words[words.index('--kind') + 1]} engine"] = child.pid
+        """Process ids by role: `service`, `supervisor`, `model engine`, `cpu engine`, `valkey`.
+
+        Those of a second worker are `supervisor 1` and so on.
+        """
+        found = {"service": self._children["service"].pid}
+        for number, worker in enumerate(self._workers):
+            which = f" {number}" if number else ""
+            found[f"supervisor{which}"] = self._children[worker].pid
+            for child in psutil.Process(self._children[worker].pid).children(recursive=True):
+                with contextlib.suppress(psutil.Error):
+                    words = child.cmdline()
+                    if "bathyscope_workers.engine" in words:
+                        found[f"{words[words.index('--kind') + 1]} engine{which}"] = child.pid
         if self._valkey.pid is not None:
             found["valkey"] = self._valkey.pid
         return found
@@ -131,14 +147,14 @@ class Stack:
 
 
 @contextlib.contextmanager
-def running(**settings: object) -> Iterator[Stack]:
-    """A private installation, ended and removed afterwards; `settings` become `BATHYSCOPE_…` variables."""
+def running(*, workers: int = 1, worker_module: str | None = None, **settings: object) -> Iterator[Stack]:
+    """A private installation, ended and removed afterwards; see `Stack`, `settings` become `BATHYSCOPE_…` variables."""
     with tempfile.TemporaryDirectory(prefix="bathyscope-bench-", ignore_cleanup_errors=True) as folder:
         data_dir = Path(folder)
         kept = _CACHE / "models"
         kept.mkdir(parents=True, exist_ok=True)
         (data_dir / "models").symlink_to(kept)
-        stack = Stack(data_dir, **settings)
+        stack = Stack(data_dir, workers=workers, worker_module=worker_module, **settings)
         try:
             stack.start()
             yield stack

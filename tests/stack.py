@@ -71,6 +71,8 @@ class Stack:
             "BATHYSCOPE_REDIS_URL": self.valkey.start(),
             "BATHYSCOPE_PORT": str(self.port),
             "BATHYSCOPE_LOG_LEVEL": "warning",
+            # Most tests that ask for the same again mean it to be computed.
+            "BATHYSCOPE_CACHE__MAX_BYTES": "0",
             **{f"BATHYSCOPE_{name.upper()}": str(value) for name, value in settings.items()},
         }
         self.processes: dict[str, subprocess.Popen[bytes]] = {}

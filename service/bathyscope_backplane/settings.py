@@ -48,6 +48,9 @@ class Limits(_Group):
     max_rows: int = Field(default=100_000, ge=1)
     """Most inputs of one extraction."""
 
+    max_resampled: int = Field(default=4_000_000_000, ge=1)
+    """Most rows x layers x resamples of one probe's intervals: some ten minutes of a core."""
+
     max_tokens: int = Field(default=50_000_000, ge=1)
     """Most tokens of one extraction, estimated for each text as its bytes or `max_length`, whichever is less."""
 
@@ -138,6 +141,15 @@ class JobSettings(_Group):
     aging_seconds: float = Field(default=60.0, gt=0)
     """Waiting this long raises a job by one priority."""
 
+    shard_inputs: int = Field(default=5_000, ge=1)
+    """An extraction of more than twice as many inputs is split into shards of about so many, which workers share."""
+
+    shard_bytes: int = Field(default=8 * 2**20, ge=1)
+    """The same by the bytes of the inputs, as JSON."""
+
+    max_shards: int = Field(default=64, ge=1, le=1024)
+    """Most shards of one extraction; with 1 none is split."""
+
     orphan_hours: float = Field(default=24.0, ge=1)
     """Blobs that no manifest names, and inputs of no job, are removed from the store at this age. Longer than any
     upload takes, and than a worker waits with a finished result."""
@@ -179,6 +191,21 @@ class WorkerSettings(_Group):
 
     concurrent_jobs: int = Field(default=32, ge=1, le=1024)
     """Jobs of one model that a worker holds at a time."""
+
+
+class CacheSettings(_Group):
+    """Rows of hidden states that a worker keeps on its disk, so that the same request is not computed again."""
+
+    max_bytes: int | None = Field(default=None, ge=0)
+    """Bound of the rows of a machine; those used longest ago go first. By default 4 GiB, and no more than an eighth of
+    what its disk has free. With 0 none are kept; less than 1 MiB is the same."""
+
+    dir: Path | None = None
+    """Folder of the rows; by default `cache` in the data folder. Better a disk of the machine's own."""
+
+    shared: bool = False
+    """Whether rows that one API key had computed serve another, who can then tell by the time an answer takes, and by
+    its count of hits, that somebody has asked for the same."""
 
 
 class AdapterSettings(_Group):
@@ -330,6 +357,7 @@ class Settings(BaseSettings):
     limits: Limits = Field(default_factory=Limits)
     jobs: JobSettings = Field(default_factory=JobSettings)
     worker: WorkerSettings = Field(default_factory=WorkerSettings)
+    cache: CacheSettings = Field(default_factory=CacheSettings)
     adapters: AdapterSettings = Field(default_factory=AdapterSettings)
     webhooks: WebhookSettings = Field(default_factory=WebhookSettings)
     tracing: TracingSettings = Field(default_factory=TracingSettings)

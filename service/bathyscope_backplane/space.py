@@ -53,6 +53,11 @@ class Space:
         await self._store.require()
 
 
+def kept_free(total: int, kept: int | None) -> int:
+    """Bytes that stay free on a disk of that size; `kept` is the setting."""
+    return min(_GIB, total // 10) if kept is None else kept
+
+
 async def _holds(look: _Look) -> bool:
     try:
         await look.require()
@@ -108,7 +113,7 @@ def _look_at_disks(places: dict[str, Path], kept: int | None) -> None:
         except OSError as error:
             raise Unavailable(f"The disk of the {name} does not answer.", retry_after=_RETRY_AFTER_S) from error
         free, total = facts.f_bavail * facts.f_frsize, facts.f_blocks * facts.f_frsize
-        wanted = min(_GIB, total // 10) if kept is None else kept
+        wanted = kept_free(total, kept)
         if free < wanted or (facts.f_files and not facts.f_favail):
             raise OutOfSpace(
                 f"The disk of the {name} has {free:,} bytes free and {wanted:,} are kept: delete results, give it more "

@@ -224,6 +224,26 @@ async def test_expired_bytes_are_not_counted_after_the_sweep(catalogue: Catalogu
     assert (await catalogue.list("extraction", "anna", limit=5, cursor=None))[0] == [kept]
 
 
+async def test_what_shards_left_is_swept_with_their_job(store: ArtifactStore) -> None:
+    running, over = new_id("job"), new_id("job")
+    for job in (running, over):
+        await store.put(f"shards/{job}/0.json", b"{}")
+        await store.put(f"shards/{job}/0.token.safetensors", b"states")
+    await store.put("shards/else", b"")
+
+    async def may_run(job_id: str) -> bool:
+        return job_id == running
+
+    assert (await sweep(store, may_run, grace_s=3600, job_open=may_run)).young == 2
+    swept = await sweep(store, may_run, grace_s=-1, job_open=may_run)
+    assert (swept.shards, swept.bytes, swept.foreign) == (2, 8, 1)
+    assert [key async for key in store.keys(f"shards/{over}/")] == []
+    assert len([key async for key in store.keys(f"shards/{running}/")]) == 2
+    await store.drop_shards(running)
+    await store.drop_shards(running)
+    assert [key async for key in store.keys(f"shards/{running}/")] == []
+
+
 async def test_a_delete_that_was_cut_short_is_ended_by_the_sweep(
     redis: Redis, store: ArtifactStore, tmp_path: Path
 ) -> None:

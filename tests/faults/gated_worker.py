@@ -13,6 +13,7 @@ from bathyscope_backplane.logs import configure
 from bathyscope_backplane.plane import open_backplane
 from bathyscope_backplane.settings import load_settings
 from bathyscope_workers.adapters.cache import AdapterCache
+from bathyscope_workers.jobs import ShardResult, shard
 from bathyscope_workers.supervisor import Supervisor
 from tests.faults.gated_engine import closed
 
@@ -43,6 +44,8 @@ async def main() -> None:
     AdapterCache._fetch = gated("place", AdapterCache._fetch, when=is_config)  # type: ignore[method-assign]
     Shelf.claim = gated("claim", Shelf.claim, after=True)  # type: ignore[method-assign]
     Catalogue.commit = gated("commit", Catalogue.commit, after=True)  # type: ignore[method-assign]
+    shard.join = gated("join", shard.join, after=True)
+    ShardResult.commit = gated("shard", ShardResult.commit, after=True)  # type: ignore[method-assign]
     async with open_backplane(settings) as plane:
         await Supervisor(plane, engine_module="tests.faults.gated_engine").run()
 

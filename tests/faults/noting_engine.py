@@ -63,7 +63,7 @@ def engine() -> int:
                     found[storage.data_ptr()] = storage.nbytes()
         return sum(found.values())
 
-    def run(shares: Any) -> None:
+    def run(shares: Any, *, budget: int) -> int:
         nonlocal batches
         batches += 1
         variants = {extraction.adapter_of(row) for extraction, rows in shares for row in rows}
@@ -83,7 +83,7 @@ def engine() -> int:
         if rows > 2 and draw.random() < 0.1:
             note(event="short")
             raise torch.OutOfMemoryError("CUDA out of memory")
-        run_batch(shares)
+        return run_batch(shares, budget=budget)
 
     model_engine.run_batch = run
     Residency.attach = attach_and_note  # type: ignore[method-assign]

@@ -38,8 +38,8 @@ def bad(tmp_path_factory: pytest.TempPathFactory, models: str) -> Iterator[Stack
 
 
 def submit(running: Stack, text: str, *, size: int = 1, model: str = "tiny", **body: Any) -> str:
-    """A job of `size` texts."""
-    inputs = [f"{text} {k}" for k in range(size)]
+    """A job of `size` texts, none of which begin alike."""
+    inputs = [f"{k} {text}" for k in range(size)]
     answer = running.client.post("/v1/extractions", json={"model": model, "inputs": inputs, "layers": [0], **body})
     assert answer.status_code == 202, answer.text
     return str(answer.json()["id"])

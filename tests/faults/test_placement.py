@@ -28,7 +28,12 @@ def submit(running: Stack, **body: Any) -> str:
 
 def test_a_backlog_shuts_nobody_out(narrow: Stack) -> None:
     # Many seconds of work beside a worker that looks for starving lanes once a second.
-    long = {"model": "tiny", "compute_dtype": "float32", "inputs": ["deep water " * 10] * 500, "layers": "all"}
+    long = {
+        "model": "tiny",
+        "compute_dtype": "float32",
+        "inputs": [f"{k} " + "deep water " * 10 for k in range(500)],
+        "layers": "all",
+    }
     backlog = [submit(narrow, **long) for _ in range(40)]
     same_resident = submit(narrow, model="tiny", inputs=["mine"])
     cold = submit(narrow, model="minilm", inputs=["mine"])
@@ -53,6 +58,6 @@ def test_load_and_unload_at_once(narrow: Stack) -> None:
 
 def test_a_job_cancelled_as_it_is_taken_ends_cancelled(narrow: Stack) -> None:
     for _ in range(10):
-        job = submit(narrow, model="tiny", inputs=["deep water " * 20] * 3000)
+        job = submit(narrow, model="tiny", inputs=[f"{k} " + "deep water " * 20 for k in range(3000)])
         narrow.client.post(f"/v1/jobs/{job}/cancel")
         assert narrow.job(job)["status"] == "cancelled"

@@ -294,7 +294,10 @@ def test_what_does_not_fit_here_waits_for_the_worker_that_it_fits(unlike: Stack)
     until(lambda: {"small", "large"} <= set(ask_redis(unlike, "SMEMBERS", f"{PREFIX}workers")))
     # The larger one is busy with something else when the job comes, so the small one tries, and leaves it.
     unlike.processes["small"].send_signal(signal.SIGSTOP)
-    busy = [submit(unlike, model="tiny", inputs=["deep water " * 20] * 1500, layers="all") for _ in range(3)]
+    busy = [
+        submit(unlike, model="tiny", inputs=[f"{n} {k} " + "deep water " * 20 for k in range(1500)], layers="all")
+        for n in range(3)
+    ]
     until(lambda: running_on(unlike, busy[0]))
     unlike.processes["small"].send_signal(signal.SIGCONT)
     job_id = submit(unlike, model="smollm2", inputs=["x"], layers=[0])

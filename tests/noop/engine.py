@@ -164,7 +164,8 @@ class NoopEngine:
     def _extract(self, job: RunJob, facts: dict[str, Any]) -> dict[str, Any]:
         spec = ExtractionSpec.from_wire(job.spec)
         layers = spec.resolve_layers(facts["num_layers"])
-        rows = [_tokens(number, item, spec, facts) for number, item in enumerate(_inputs(job))]
+        numbered = enumerate(_inputs(job), start=job.extra.get("first_input", 0))
+        rows = [_tokens(number, item, spec, facts) for number, item in numbered]
         if spec.pooling == "none":
             rows = [_kept(number, row, spec) for number, row in enumerate(rows)]
         offsets = np.cumsum([0, *map(len, rows)], dtype="<i8")
@@ -202,8 +203,13 @@ class NoopEngine:
             "inputs": len(rows),
             "tokens": {"total": total, "computed": total, "kept": total},
             "provenance": provenance,
+            "cache": {"hits": 0, "duplicates": 0},
             "relative_change": [[float(number)] * len(layers) for number in range(len(variants))],
-            "choices": results.choices(job.scratch, _inputs(job), len(variants)) if spec.score_choices else None,
+            "change": [
+                {"sums": [float(number * len(means))] * len(layers), "counts": [len(means)] * len(layers)}
+                for number in range(1, len(variants))
+            ],
+            "choices": results.choices(job, _inputs(job), len(variants)) if spec.score_choices else None,
         }
 
 

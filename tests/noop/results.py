@@ -47,14 +47,14 @@ def probe(job: RunJob) -> dict[str, Any]:
     return {"report_path": str(scratch / "report.json"), "weights_path": str(scratch / "weights.safetensors")}
 
 
-def choices(scratch: str, inputs: list[Any], variants: int) -> dict[str, Any]:
+def choices(job: RunJob, inputs: list[Any], variants: int) -> dict[str, Any]:
     """Scores of the right shape: every second question is right, of further variants every one but the first."""
     lines = [
         orjson.dumps(_scores_of(number, item, number % 2 == 0 if variant == 0 else number > 0)) + b"\n"
         for variant in range(variants)
-        for number, item in enumerate(inputs)
+        for number, item in enumerate(inputs, start=job.extra.get("first_input", 0))
     ]
-    path, index = Path(scratch) / "choices.jsonl", Path(scratch) / "choices.index"
+    path, index = Path(job.scratch) / "choices.jsonl", Path(job.scratch) / "choices.index"
     path.write_bytes(b"".join(lines))
     index.write_bytes(np.cumsum([0, *map(len, lines)], dtype="<i8").tobytes())
     scored = [

@@ -262,12 +262,9 @@ def test_smollm2_is_exact_for_one_to_two_thousand_tokens_in_one_job(live: Stack)
 
 def test_a_job_that_waits_beside_others_gets_the_same_numbers(live: Stack) -> None:
     alone = npy(live, live.extract(TEXTS, model="tiny"))
-    jobs = [
-        live.post(
-            "/v1/extractions", {"model": "tiny", "inputs": TEXTS if k == 4 else [f"other {k}"] * 30}, wait=0
-        ).json()
-        for k in range(9)
-    ]
+    others = [[f"other {k} {number}" for number in range(30)] for k in range(9)]
+    others[4] = TEXTS
+    jobs = [live.post("/v1/extractions", {"model": "tiny", "inputs": texts}, wait=0).json() for texts in others]
     ended = [live.job(job["id"]) for job in jobs]
     assert all(job["status"] == "succeeded" for job in ended)
     beside = npy(live, live.client.get(ended[4]["resource"]).json())

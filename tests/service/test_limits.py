@@ -22,6 +22,7 @@ from tests.service.test_manners import problem
 from tests.stack import Stack, stack
 
 SMALL = {
+    "max_resampled": 100_000,
     "max_body_bytes": 100_000,
     "max_rows": 50,
     "max_tokens": 2000,
@@ -299,6 +300,16 @@ def test_with_every_connection_busy_a_new_one_is_told(small: Stack) -> None:
                 told.append(answer_on(connection)[0])
     assert 503 in told, told
     assert until(lambda: small.client.get("/healthz").status_code == 200)
+
+
+def test_intervals_that_would_take_too_long(small: Stack) -> None:
+    extraction = small.extract([f"text {number}" for number in range(10)], model="tiny", layers=[1, 2])
+    body = {"extraction": extraction["id"], "labels": [0, 1] * 5}
+    document = problem(small.post("/v1/probes", body | {"bootstrap": 10_000}), 422, "invalid-request")
+    assert document["errors"][0]["pointer"] == "/bootstrap"
+    assert "ask for 5,000 at most" in document["errors"][0]["detail"]
+    answer = small.post("/v1/probes", body | {"bootstrap": 10_000, "layers": [1]}, wait=0)
+    assert answer.status_code == 202, answer.text
 
 
 def test_a_key_has_so_many_jobs(small: Stack) -> None:

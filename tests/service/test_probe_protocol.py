@@ -230,6 +230,7 @@ def test_what_cannot_be_served_is_refused_at_once(
         ({"labels": [*[0.0, 7.0] * 39, -1e20, 7.0]}, "/labels/78", "64 bits"),
         ({"labels": [5e-324 * k for k in range(len(INPUTS))], "estimator": "ridge"}, "/labels", "rescale"),
         ({"labels": [0, 1.5] * (len(INPUTS) // 2), "task": "binary"}, "/labels", "binary"),
+        ({"labels": [1] + [0] * (len(INPUTS) - 1), "split": "random"}, "/labels", "never saw it"),
         ({"groups": ["one"] * len(INPUTS)}, "/groups", "1 groups for 5 folds, and 2 at least are needed; name more"),
         ({"groups": [number % 2 for number in range(len(INPUTS))]}, "/groups", "at most 2 folds"),
         ({"groups": [int(label) for label in LABELS], "folds": 2}, "/groups", "would have none of it"),

@@ -38,14 +38,17 @@ def check_rows(
     if split is not None and not isinstance(split, str):
         given_folds(targets, codes, split)
     else:
-        check_folds(targets, codes, folds, "/labels" if groups is None else "/groups")
+        check_folds(targets, codes, folds, "/labels" if groups is None else "/groups", every_class=split != "random")
     return targets.task
 
 
-def check_folds(targets: Targets, clusters: NDArray[np.int64], folds: int, pointer: str) -> None:
+def check_folds(
+    targets: Targets, clusters: NDArray[np.int64], folds: int, pointer: str, *, every_class: bool = True
+) -> None:
     """Raise `InvalidRequest` where so many folds cannot each hold a cluster of every class, whoever deals them.
 
-    `clusters` are those of the rows; `pointer` is `/groups` where they are groups of the caller's.
+    Not `every_class` asks only that each class can be learned in every fold: some of it is outside, whichever is held
+    out. `clusters` are those of the rows; `pointer` is `/groups` where they are groups of the caller's.
     """
     if not 2 <= folds <= len(clusters):
         raise refused("/folds", f"folds is between 2 and the number of rows ({len(clusters)}); it is {folds}")
@@ -59,7 +62,14 @@ def check_folds(targets: Targets, clusters: NDArray[np.int64], folds: int, point
     for code, label in enumerate(targets.classes):
         members = targets.codes == code
         held = len(np.unique(clusters[members]))
-        if held < folds:
+        if not every_class:
+            if held < 2:
+                raise refused(
+                    pointer,
+                    f"class {label!r} has {int(members.sum())} rows in one of the {what}, so the fold that holds them "
+                    f"would be scored by a probe that never saw it; give more of that class{tied}",
+                )
+        elif held < folds:
             fewer = f", or ask for at most {held} folds" if held > 1 else ""
             raise refused(
                 pointer,

@@ -32,6 +32,9 @@ from bathyscope_backplane.artifacts._watch import Watch, watched
 CHUNK_BYTES = 4 * 2**20
 """Size of the pieces in which objects are read."""
 
+SHARDS = "shards/"
+"""Where the results of a split job's shards lie until they are joined, in a folder of the job."""
+
 _PART_BYTES = 16 * 2**20
 """Size of the parts of an upload; S3 wants 5 MiB at least."""
 
@@ -144,22 +147,22 @@ class ArtifactStore:
         await self._run(obstore.put_async(self._store, key, data), len(data))
         await self._settle(key)
 
-    async def put_file(self, key: str, path: Path) -> Blob:
+    async def put_file(self, key: str, path: Path, *, digest: bool = True) -> Blob:
         """Move a scratch file into the store under a new key; the file is gone afterwards.
 
-        Read twice at most (digest, upload), in pieces; never held in memory.
+        Read twice at most (digest, upload), in pieces; never held in memory. Without `digest` the blob's is empty.
         """
         await self._require_folder()
         target = self._folder / key if self._folder is not None else None
         with _told(but=(FileNotFoundError,)):
-            digest, size, adopted = await asyncio.to_thread(_digest_and_adopt, path, target)
+            sha256, size, adopted = await asyncio.to_thread(_digest_and_adopt, path, target, digest)
         if adopted:
-            return Blob(key, size, digest)
+            return Blob(key, size, sha256)
         upload = obstore.put_async(self._store, key, path, chunk_size=_PART_BYTES, max_concurrency=4)
         await self._run(upload, size)
         await self._settle(key)
         await asyncio.to_thread(path.unlink, missing_ok=True)
-        return Blob(key, size, digest)
+        return Blob(key, size, sha256)
 
     async def commit(self, key: str, manifest: bytes) -> bool:
         """Put a manifest if there is none; False when another attempt was first."""
@@ -192,13 +195,13 @@ class ArtifactStore:
             yield await self.read(key, start, stop)
             start = stop
 
-    async def download(self, key: str, path: Path) -> None:
-        """Copy an object into a file."""
+    async def download(self, key: str, path: Path, *, span: tuple[int, int] | None = None) -> None:
+        """Copy an object, or the bytes `[start, end)` of it, into a file."""
         size = await self.size(key)
         if size is None:
             raise FileNotFoundError(key)
         with path.open("wb") as file:
-            async for piece in self.stream(key, 0, size):
+            async for piece in self.stream(key, *(span or (0, size))):
                 await asyncio.to_thread(file.write, piece)
 
     def local_path(self, key: str) -> Path | None:
@@ -219,11 +222,16 @@ class ArtifactStore:
             await self._run(obstore.delete_async(self._store, key))
         except FileNotFoundError:
             return
-        if self._folder is not None and key.startswith(("blobs/", "adapters/")):
+        if self._folder is not None and key.startswith(("blobs/", "adapters/", SHARDS)):
             with suppress(OSError):  # another blob of the resource is in it
                 (self._folder / key).parent.rmdir()
                 if key.startswith("adapters/"):
                     (self._folder / key).parent.parent.rmdir()
+
+    async def drop_shards(self, job_id: str) -> None:
+        """Remove what the shards of a split job left; nothing there is no error."""
+        for key in [key async for key in self.keys(f"{SHARDS}{job_id}/")]:
+            await self.delete(key)
 
     async def entries(self, prefix: str) -> AsyncIterator[Entry]:
         """Every object below a prefix, those of one folder together."""
@@ -345,9 +353,10 @@ def _staged(folder: Path) -> list[tuple[Path, Entry]]:
     return found
 
 
-def _digest_and_adopt(path: Path, target: Path | None) -> tuple[str, int, bool]:
+def _digest_and_adopt(path: Path, target: Path | None, digest: bool) -> tuple[str, int, bool]:
     """In one thread's turn: a small result waits for no second one."""
-    return *_digest(path), target is not None and _adopt(path, target)
+    sha256, size = _digest(path) if digest else ("", path.stat().st_size)
+    return sha256, size, target is not None and _adopt(path, target)
 
 
 def _digest(path: Path) -> tuple[str, int]:

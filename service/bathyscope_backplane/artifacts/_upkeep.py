@@ -3,7 +3,8 @@
 Manifests are the truth and everything follows from them, so all of this may run beside a working service and may be
 cut short and begun again. What is not understood is named and left alone.
 
-An orphan is a blob that no manifest names, or inputs of a job that has ended or that the queue does not know. A folder
+An orphan is a blob that no manifest names, or inputs, or what shards left, of a job that has ended or that the queue
+does not know. A folder
 of an adapter's files is one when no manifest names it and every job that brought it or has a share in it has come to
 its end.
 Every blob is one for a while, between its upload and the commit of its manifest, so only those older than a grace are
@@ -30,7 +31,7 @@ from bathyscope_backplane.artifacts._resource import (
     read_manifest,
 )
 from bathyscope_backplane.artifacts._shelf import ROLES, SHELF, Shelf
-from bathyscope_backplane.artifacts._store import ArtifactStore, Entry
+from bathyscope_backplane.artifacts._store import SHARDS, ArtifactStore, Entry
 from bathyscope_backplane.ids import KIND_PREFIX, is_id
 
 _AT_ONCE = 16
@@ -82,6 +83,8 @@ class Swept:
 
     blobs: int = 0
     inputs: int = 0
+    shards: int = 0
+    """What shards of jobs that have ended left."""
     uploads: int = 0
     """Files of uploads to a folder store that were cut short."""
     bytes: int = 0
@@ -135,6 +138,19 @@ async def sweep(
                 swept.young += 1
                 continue
             swept.inputs += 1
+            swept.bytes += entry.bytes
+            if not dry_run:
+                await store.delete(entry.key)
+    async for entry in store.entries(SHARDS):
+        job_id, _, name = entry.key.removeprefix(SHARDS).partition("/")
+        if not is_id(job_id, "job") or not name:
+            swept.foreign += 1
+        elif await needs_inputs(job_id):
+            continue
+        elif entry.modified_ms >= before_ms:
+            swept.young += 1
+        else:
+            swept.shards += 1
             swept.bytes += entry.bytes
             if not dry_run:
                 await store.delete(entry.key)

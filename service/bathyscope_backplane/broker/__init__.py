@@ -24,12 +24,15 @@ from ._types import (
     Reaped,
     ReleaseReason,
     Renewal,
+    Shard,
     State,
     Status,
     Submitted,
     Taken,
     Usage,
     Webhook,
+    base_lane,
+    shards_of,
 )
 
 __all__ = [
@@ -56,6 +59,7 @@ __all__ = [
     "Reaped",
     "ReleaseReason",
     "Renewal",
+    "Shard",
     "State",
     "Status",
     "Submitted",
@@ -64,5 +68,7 @@ __all__ = [
     "Waiter",
     "Webhook",
     "answer",
+    "base_lane",
     "connect",
+    "shards_of",
 ]

@@ -12,6 +12,10 @@ of the worker is a compare-and-set on it, so whoever lost a job learns so and ch
 
 A running job of two parts is handed over (`move`): it is ready again, in another lane.
 
+A job may be split (`NewJob.shards`): each shard has a state of its own by the same rules, in the lane
+`shards_of(lane)`, and nobody sees it but workers. The job is `split` meanwhile, running as soon as one of them is; with
+the last it is ready, to be joined; one that fails fails it. Whatever ends it ends them.
+
 Every method is one round trip. Each may be sent twice, as a connection that breaks before the answer does: the
 second is answered like the first. All of them raise `errors.Unavailable` when Redis is out of reach.
 """
@@ -30,7 +34,7 @@ from bathyscope.errors import IdempotencyMismatch, LaneFull, QuotaExceeded, Stat
 from . import _scripts as scripts
 from ._reader import Reader
 from ._records import LEASE_FIELDS, hash_fields, lease
-from ._types import Cancelled, Lease, LeaseRef, NewJob, Reaped, ReleaseReason, Renewal, Submitted, Taken
+from ._types import Cancelled, Lease, LeaseRef, NewJob, Reaped, ReleaseReason, Renewal, Submitted, Taken, shards_of
 
 _FULL_RETRY_AFTER_S = 5.0
 _BYTES_RETRY_AFTER_S = 60.0  # open jobs may turn out smaller than estimated
@@ -76,6 +80,8 @@ class Broker(Reader):
                 bytes=job.bytes,
                 bytes_limit=-1 if job.bytes_limit is None else job.bytes_limit,
                 bytes_stored=job.bytes_stored,
+                shard_lane=shards_of(job.lane),
+                shards=[[json.dumps(shard.as_json()), shard.rows] for shard in job.shards],
             )
         )
         if outcome == "lane_full":
@@ -99,8 +105,20 @@ class Broker(Reader):
             )
         return Submitted(value, replayed=value != job.id)
 
-    async def take(self, worker: str, lanes: Sequence[str], n: int, *, lease_ms: int, engine_idle: bool) -> Taken:
+    async def take(
+        self,
+        worker: str,
+        lanes: Sequence[str],
+        n: int,
+        *,
+        lease_ms: int,
+        engine_idle: bool,
+        shard_lanes: Sequence[str] = (),
+    ) -> Taken:
         """Lease up to `n` jobs, all from the first of `lanes` that has any, for `lease_ms`.
+
+        One of them is a shard, from the first of `shard_lanes` that has any: a worker that took all shards at once
+        would leave none to others.
 
         Owners of a lane take turns, better priorities first; whoever was passed over for long gets every second
         turn. A job that must run alone is given only to an idle engine and only by itself; when it is the next in
@@ -113,6 +131,7 @@ class Broker(Reader):
                 worker=worker,
                 token=token,
                 lanes=list(lanes),
+                shard_lanes=list(shard_lanes),
                 n=n,
                 lease_ms=lease_ms,
                 engine_idle=engine_idle,

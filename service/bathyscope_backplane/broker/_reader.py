@@ -25,7 +25,7 @@ from ._answer import answer
 from ._listener import Listener
 from ._lua import Link
 from ._records import RECORD_FIELDS, record
-from ._types import BrokerLimits, BrokerStats, Event, JobRecord, LaneStats, Page, Status, Usage
+from ._types import BrokerLimits, BrokerStats, Event, JobRecord, LaneStats, Page, Status, Usage, base_lane
 
 T = TypeVar("T")
 
@@ -164,7 +164,7 @@ class Reader:
         lanes, tally, totals, delayed, waiting, leases, dead = cast(Any, await self._answer(scripts.stats(self._link)))
         ever = [(name.rpartition("|"), int(count)) for name, count in _pairs(totals)]
         return BrokerStats(
-            lanes=[LaneStats(name, *map(int, numbers)) for name, *numbers in lanes],
+            lanes=_merged([LaneStats(name, *map(int, numbers)) for name, *numbers in lanes]),
             jobs={cast(Status, status): int(count) for status, count in _pairs(tally)},
             ended={(kind, cast(Status, status)): count for (kind, _, status), count in ever if kind},
             requeued={reason: count for (kind, _, reason), count in ever if not kind},
@@ -188,6 +188,22 @@ class Reader:
 
 list_ = list
 """`list` itself, which the method of that name hides in the class body above."""
+
+
+def _merged(lanes: list_[LaneStats]) -> list_[LaneStats]:
+    """Shards counted in the lane of their jobs."""
+    found: dict[str, LaneStats] = {}
+    for one in lanes:
+        name = base_lane(one.lane)
+        before = found.get(name, LaneStats(name, 0, 0, 0, 0))
+        found[name] = LaneStats(
+            name,
+            before.depth + one.depth,
+            before.queued + one.queued,
+            max(before.oldest_age_ms, one.oldest_age_ms),
+            before.solo + one.solo,
+        )
+    return list(found.values())
 
 
 def _pairs(flat: list[str]) -> zip[tuple[str, str]]:

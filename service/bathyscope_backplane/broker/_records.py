@@ -6,20 +6,20 @@ import json
 from collections.abc import Sequence
 from typing import Any, cast
 
-from ._types import HookState, JobRecord, Lease, LeaseRef, NewJob, Priority, Progress, State, Status, Webhook
+from ._types import HookState, JobRecord, Lease, LeaseRef, NewJob, Priority, Progress, Shard, State, Status, Webhook
 
 RECORD_FIELDS = [
     "id", "kind", "status", "state", "lane", "owner", "priority", "request", "resource_id", "resource",
     "progress", "attempt", "max_attempts", "group_deaths", "solo", "alone", "worker", "created_at",
     "enqueued_at", "started_at", "finished_at", "expires_at", "error", "timings", "parents", "unmet", "cancel",
     "reason", "webhook", "dead_letter", "hook_state", "hook_attempts", "hook_status", "hook_detail",
-    "hook_delivered_at", "hook_next_at", "trace", "credentials",
+    "hook_delivered_at", "hook_next_at", "trace", "credentials", "shards", "shard_attempt",
 ]  # fmt: skip
 """What `record` reads, in its order. Payload and secret stay behind: polls are many and payloads are large."""
 
 LEASE_FIELDS = [
     "id", "kind", "lane", "owner", "priority", "payload", "resource_id", "attempt", "max_attempts", "solo",
-    "secret", "created_at", "enqueued_at", "started_at", "trace",
+    "secret", "created_at", "enqueued_at", "started_at", "trace", "shard",
 ]  # fmt: skip
 """What `lease` reads, in its order."""
 
@@ -82,6 +82,8 @@ def record(values: Sequence[str | None]) -> JobRecord:
         dead_letter=raw.get("dead_letter") == "1",
         credentials=tuple(raw.get("credentials", "").split()),
         trace=raw.get("trace"),
+        shards=int(raw.get("shards", "0")),
+        shard_attempt=int(raw.get("shard_attempt", "0")),
     )
 
 
@@ -104,6 +106,7 @@ def lease(values: Sequence[str | None], worker: str, token: str) -> Lease:
         enqueued_at=int(raw["enqueued_at"]),
         started_at=int(raw["started_at"]),
         trace=raw["trace"],
+        shard=Shard(**json.loads(raw["shard"])) if raw["shard"] else None,
     )
 
 

@@ -27,8 +27,11 @@ def submit(
     bytes: int,
     bytes_limit: int,
     bytes_stored: int,
+    shard_lane: str,
+    shards: list[list[str | int]],
 ) -> list[str]:
-    """Queue a job; `fields` are names and values of its hash, in turn; limits below 0 are none.
+    """Queue a job; `fields` are names and values of its hash, in turn; limits below 0 are none; `shards` are what each
+    is, as JSON, and its rows.
 
     -> [outcome, id or number, …].
     """
@@ -41,9 +44,17 @@ def usage(*, owner: str) -> list[int]:
 
 @lua(allow_oom=True)
 def take(
-    *, worker: str, token: str, lanes: list[str], n: int, lease_ms: int, engine_idle: bool, fields: list[str]
+    *,
+    worker: str,
+    token: str,
+    lanes: list[str],
+    shard_lanes: list[str],
+    n: int,
+    lease_ms: int,
+    engine_idle: bool,
+    fields: list[str],
 ) -> list[int | list[str | None]]:
-    """Lease up to n jobs of one lane -> [solo waiting, values of `fields` of each job, …]."""
+    """Lease up to n jobs, a shard and others of one lane -> [solo waiting, values of `fields` of each job, …]."""
 
 
 @lua(allow_oom=True)

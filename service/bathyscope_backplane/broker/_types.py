@@ -9,8 +9,9 @@ from typing import Any, Literal
 Status = Literal["queued", "running", "succeeded", "failed", "cancelled", "expired"]
 """A job's status as the HTTP contract names it."""
 
-State = Literal["waiting", "delayed", "ready", "running", "ended"]
-"""Where a job is inside the broker: the first three are all `queued` on the wire."""
+State = Literal["waiting", "delayed", "ready", "split", "running", "ended"]
+"""Where a job is inside the broker: the first three are all `queued` on the wire. A split one waits for its shards, and
+is running on the wire as soon as one of them is; so it stays until it is joined."""
 
 Priority = Literal["high", "normal", "low"]
 
@@ -27,6 +28,19 @@ ReleaseReason = Literal[
     "drain", "elsewhere", "engine_died_alone", "engine_died_together", "engine_hung_alone", "engine_hung_together"
 ]
 """Why a job is put back: its worker stops, it is for another worker, or its engine died or was ended as hung."""
+
+_SHARDS = "+shards"
+
+
+def shards_of(lane: str) -> str:
+    """The lane in which the shards of a lane's split jobs wait: apart, so that no other job waits behind them."""
+    return lane + _SHARDS
+
+
+def base_lane(lane: str) -> str:
+    """The reverse; any other lane is itself."""
+    return lane.removesuffix(_SHARDS)
+
 
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,128}")
 
@@ -72,6 +86,26 @@ class Idempotency:
     """Opaque; already scoped to API key and route by the caller (a hash of the three)."""
     body: str
     """A hash of the request's body; the same key with another body is refused."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shard:
+    """A part of a split job: some of its inputs, one after the other."""
+
+    number: int
+    first: int
+    """Index of its first input in the whole job."""
+    inputs: int
+    start: int
+    """Where its lines begin in the file of all inputs, in bytes,"""
+    end: int
+    """and where they end."""
+    rows: int
+    """What its progress counts."""
+
+    def as_json(self) -> dict[str, int]:
+        """As the broker keeps it."""
+        return {name: getattr(self, name) for name in self.__dataclass_fields__}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,6 +156,8 @@ class NewJob:
     """Bytes that the owner may have stored and promised; None is no bound."""
     bytes_stored: int = 0
     """Bytes that the owner has stored now, as the catalogue knows."""
+    shards: tuple[Shard, ...] = ()
+    """Parts that are run for themselves first; then the job is served once more, to join them."""
 
     def __post_init__(self) -> None:
         for name in (self.id, self.owner, *self.parents):
@@ -131,6 +167,8 @@ class NewJob:
             raise ValueError(f"{self.lane!r} cannot be a lane: it must be printable and not empty")
         if min(self.inputs, self.bytes, self.bytes_stored) < 0:
             raise ValueError("inputs and bytes must not be negative")
+        if self.shards and self.parents:
+            raise ValueError("a job with parents cannot be split")
         if self.max_attempts < 1:
             raise ValueError("max_attempts must be at least 1")
 
@@ -194,6 +232,13 @@ class Lease:
     """Time of this take."""
     trace: str | None = None
     """As submitted."""
+    shard: Shard | None = None
+    """Which part of its job this is, whose payload, resource and times it has; None for a whole job."""
+
+    @property
+    def whole_id(self) -> str:
+        """Id of the job that was submitted: of a shard, the one it is a part of."""
+        return self.job_id.partition("+")[0]
 
     @property
     def job_id(self) -> str:
@@ -292,6 +337,10 @@ class JobRecord:
     """It ran out of attempts and can be replayed."""
     credentials: tuple[str, ...] = ()
     """Names of the credentials that it was given; they are erased when it ends."""
+    shards: int = 0
+    """Into how many parts it is split."""
+    shard_attempt: int = 0
+    """The attempt of the shard that was tried most often."""
     trace: str | None = None
     """As submitted: the parent of the spans of whatever is done about the job."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Annotated
 
 from fastapi import APIRouter, Depends, Query, Request
@@ -14,6 +15,7 @@ from bathyscope.types import Extraction, ExtractionRequest, Format, Job, Page
 from bathyscope_backplane.artifacts._store import CHUNK_BYTES
 from bathyscope_backplane.ids import new_id
 from bathyscope_backplane.keys import ApiKey
+from bathyscope_service import encoding
 from bathyscope_service.adapters.variants import resolve
 from bathyscope_service.bodies import describes, json_body
 from bathyscope_service.context import Caller, Context, Ctx, Held
@@ -38,7 +40,7 @@ _BINARY = {"type": "string", "format": "binary"}
 _ETAG = {
     "description": "Names this representation.",
     "required": True,
-    "schema": {"type": "string", "pattern": '^"[0-9a-f]{40}"$'},
+    "schema": {"type": "string", "pattern": '^"[0-9a-f]{40}(-zstd)?"$'},
 }
 
 _EXAMPLE = {
@@ -106,6 +108,7 @@ async def extraction_work(context: Context, caller: ApiKey, body: ExtractionRequ
         resource_id=new_id("ext"),
         priority=body.priority,
         inputs=len(inputs) * many,
+        rows_each=many,
         bytes=estimate,
         webhook=webhook,
     )
@@ -200,21 +203,39 @@ async def get_hidden_states(
     states = States(context.plane.store, resource)
     selection = states.select(layers, rows)
     etag = states.etag(chosen, selection)
-    headers = {**result_headers(resource), "ETag": etag, "Cache-Control": "private, max-age=3600", "Vary": "Accept"}
-    if _known(request, etag):
+    # A range is of the plain bytes.
+    zstd = "range" not in request.headers and encoding.wants_zstd(request.headers.get("accept-encoding"))
+    headers = {
+        **result_headers(resource),
+        "ETag": encoding.tagged(etag) if zstd else etag,
+        "Cache-Control": "private, max-age=3600",
+        "Vary": "Accept, Accept-Encoding",
+    }
+    if _known(request, headers["ETag"]):
         return Response(status_code=304, headers=headers)
     media_type = MEDIA_TYPES[chosen]
+    if zstd:
+        headers["Content-Encoding"] = "zstd"
     headers["Content-Disposition"] = f'attachment; filename="{extraction_id}.{chosen}"'
     states.require(chosen)
     limits = context.plane.settings.limits
     with may_be_deleted(resource):
         if chosen == "json":
             content = await states.json(selection, limits.max_json_bytes, memory.hold)
+            if zstd:
+                content = await asyncio.to_thread(encoding.whole, content)
             return Response(content, headers=headers, media_type=media_type)
         if chosen == "arrow":
             stream = await begun(await states.arrow(selection, limits.max_arrow_bytes, memory.hold))
+            if zstd:
+                stream = encoding.compressed(stream)
             return StreamingResponse(stream, headers=headers, media_type=media_type)
         pieces = await states.pieces(chosen, selection)
+    if zstd:
+        memory.hold(min(len(pieces), 3 * CHUNK_BYTES))
+        with may_be_deleted(resource):
+            plain = await begun(pieces.stream(0, len(pieces)))
+        return StreamingResponse(encoding.compressed(plain), headers=headers, media_type=media_type)
     start, end, status = 0, len(pieces), 200
     if pieces.contiguous:
         headers["Accept-Ranges"] = "bytes"

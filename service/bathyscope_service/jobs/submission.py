@@ -18,13 +18,14 @@ from starlette.responses import Response
 from bathyscope.errors import InvalidRequest, OutOfSpace, ProblemError, Unavailable
 from bathyscope.types import Priority, WorkRequest
 from bathyscope_backplane.artifacts import Claim
-from bathyscope_backplane.broker import Idempotency, JobRecord, NewJob
+from bathyscope_backplane.broker import Idempotency, JobRecord, NewJob, Shard
 from bathyscope_backplane.ids import new_id
 from bathyscope_backplane.keys import ApiKey
 from bathyscope_backplane.tracing import current
 from bathyscope_service.auditing import concerns
 from bathyscope_service.context import Context
 from bathyscope_service.credentials import credentials_of
+from bathyscope_service.jobs.sharding import split
 from bathyscope_service.jobs.views import accepted_view, job_of, job_view, json_response, timing_headers
 from bathyscope_service.webhooks.targets import check_target
 
@@ -64,6 +65,9 @@ class Work:
     bytes: int = 0
     """Estimated size of the result; 0 while unknown or small."""
 
+    rows_each: int = 0
+    """What one of the rows counts in the job's progress, where the job may be split by its rows; 0 where it may not."""
+
     part: str = ""
     """Tells jobs of one request apart for the idempotency key."""
 
@@ -93,12 +97,19 @@ async def _submit(
     if quota.max_bytes is not None:  # where the size was not known here, the worker holds it
         payload["most_bytes"] = max(0, quota.max_bytes - stored)
     kept: str | None = None
+    shards: tuple[Shard, ...] = ()
     if work.archive is not None:
         kept = payload["archive_key"] = f"inputs/{job_id}.archive"
         await plane.store.put_file(kept, work.archive)
     if work.rows is not None:
         lines = await context.apart(request.state.body_bytes, _lines, work.rows)
-        if len(lines) > plane.settings.limits.inline_payload_bytes:
+        if work.rows_each and len(work.rows) > 1:
+            shards = await context.apart(
+                request.state.body_bytes, split, lines, len(work.rows), work.rows_each, plane.settings.jobs
+            )
+        if shards:
+            payload["shards"] = len(shards)
+        if shards or len(lines) > plane.settings.limits.inline_payload_bytes:
             kept = payload["rows_key"] = f"inputs/{job_id}.jsonl"
             await plane.store.put(kept, lines)
         else:
@@ -126,6 +137,7 @@ async def _submit(
                 bytes=work.bytes,
                 bytes_limit=quota.max_bytes,
                 bytes_stored=stored,
+                shards=shards,
                 trace=trace,
             )
         )
@@ -163,10 +175,14 @@ async def _drop(context: Context, key: str | None) -> None:
 
 
 async def discard(context: Context, record: JobRecord, payload: str) -> None:
-    """Remove what lies in the store for a job that was cancelled in its queue: rows, archive, a converted adapter."""
+    """Remove what lies in the store for a job that was cancelled in its queue: rows, archive, a converted adapter, what
+    its shards made."""
     content, plane = orjson.loads(payload), context.plane
     for name in ("rows_key", "archive_key"):
         await _drop(context, content.get(name))
+    if content.get("shards"):
+        with contextlib.suppress(Unavailable):
+            await plane.store.drop_shards(record.id)
     if (staged := content.get("staged")) is not None and record.resource_id is not None:
         made, claim = content["converted"], Claim(record.resource_id, record.id)
         key, what = staged["weights"]["key"], (made["digest"], made["base_model"], content["spec"].get("name"))

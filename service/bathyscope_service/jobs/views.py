@@ -49,7 +49,7 @@ async def job_view(context: Context, record: JobRecord, viewer: str) -> dict[str
         },
         "queue_position": position,
         "priority": record.priority,
-        "attempt": record.attempt,
+        "attempt": max(record.attempt, record.shard_attempt),
         "max_attempts": record.max_attempts,
         "created_at": rfc3339(record.created_at),
         "started_at": rfc3339(record.started_at),

@@ -51,7 +51,9 @@ async def probe_work(context: Context, request: Request, caller: ApiKey, body: P
         _check_lengths(body, rows)
         await context.apart(request.state.body_bytes, _check_rows, body)
         variant = _asked(body.data.adapter, body.variant)
-        _check_layers(body, *await _layers_of(context, body.data.model, body.data.layers))
+        held, depth = await _layers_of(context, body.data.model, body.data.layers)
+        _check_layers(body, held, depth)
+        _check_resamples(body, rows, held, depth, context.plane.settings.limits.max_resampled)
         data.priority = body.priority
         charged, data.inputs = data.inputs, 0  # with the probe's own job, which may still be refused
         parent, extraction_id, replayed = await _submit_parent(context, request, caller, data)
@@ -69,7 +71,7 @@ async def probe_work(context: Context, request: Request, caller: ApiKey, body: P
         rows, extraction_id, parents = record.request.get("inputs"), record.resource_id, (record.id,)
         variant = _asked(record.request.get("adapter"), body.variant)
         asked = record.request.get("layers", "all")
-        _check_layers(body, *await _layers_of(context, record.request.get("model", ""), asked))
+        held, depth = await _layers_of(context, record.request.get("model", ""), asked)
         _check_pooling(body, record.request.get("pooling", "last"), "/extraction")
     else:
         resource = await resource_of(context, caller, "extraction", body.extraction or "")
@@ -81,10 +83,12 @@ async def probe_work(context: Context, request: Request, caller: ApiKey, body: P
             scored = resource.body["scored"]
             mine = scored if variant is None else scored[variant]
             refuse_one_answer(mine["correct"], mine["answered"])
-        _check_layers(body, resource.body["layers"], resource.body["num_layers"])
+        held, depth = resource.body["layers"], resource.body["num_layers"]
     if body.data is None:
+        _check_layers(body, held, depth)
         if rows is not None:
             _check_lengths(body, rows)
+            _check_resamples(body, rows, held, depth, context.plane.settings.limits.max_resampled)
         await context.apart(request.state.body_bytes, _check_rows, body)
     spec = body.model_dump(exclude={"labels", "groups", "split", "data", "priority", "webhook"})
     labels: Sequence[Any] = body.labels if isinstance(body.labels, list) else [None] * (rows or 0)
@@ -234,6 +238,21 @@ def _check_rows(body: ProbeRequest) -> None:
     if isinstance(body.labels, list):
         task = check_rows(body.labels, task=body.task, groups=body.groups, split=body.split, folds=body.folds)
         check_estimator(body.estimator, penalised=body.C is not None, covariance=body.covariance, task=task)
+
+
+def _check_resamples(body: ProbeRequest, rows: int, held: list[int] | None, depth: int | None, most: int) -> None:
+    """Refuse intervals that would take a worker many minutes."""
+    known = len(held) if held is not None else 1 if depth is None else depth + 1
+    layers = known if body.layers == "all" else len(body.layers)
+    if rows * layers * body.bootstrap > most:
+        detail = f"{body.bootstrap:,} resamples of {rows:,} rows at {layers} layers are {most:,} at most together"
+        room = most // (rows * layers)
+        raise InvalidRequest(
+            "The intervals would take too long.",
+            errors=[
+                FieldError(pointer="/bootstrap", detail=f"{detail}: ask for {room:,} at most, or for fewer layers")
+            ],
+        )
 
 
 def _check_layers(body: ProbeRequest, held: list[int] | None, depth: int | None) -> None:

@@ -77,13 +77,16 @@ async def _audit(redis: Redis, prefix: str) -> None:
         jobs[id], children[id] = next(replies), set(next(replies))
         times[id] = (next(replies), next(replies), next(replies))
 
+    shards = {id: jobs.pop(id) for id in ids if "+" in id}
+    all_jobs = {**jobs, **shards}
+
     def those(state: str) -> set[str]:
-        return {id for id, job in jobs.items() if job["state"] == state}
+        return {id for id, job in all_jobs.items() if job["state"] == state}
 
     async def ranked(key: str) -> dict[str, float]:
         return dict(await redis.zrange(prefix + key, 0, -1, withscores=True))
 
-    expected: set[str] = {f"job:{id}" for id in jobs}
+    expected: set[str] = {f"job:{id}" for id in all_jobs}
 
     # Each job's state has its index, and the index nothing else.
     assert set(await ranked("leases")) == those("running")
@@ -98,8 +101,8 @@ async def _audit(redis: Redis, prefix: str) -> None:
     expected |= {"leases", "delayed", "waiting", "expiry", "dead", "jobs"}
 
     # Lanes: queue, ring, clock of being passed over, ages, and solo jobs of each.
-    for lane in {job["lane"] for job in jobs.values()}:
-        ready = {id: job for id, job in jobs.items() if job["state"] == "ready" and job["lane"] == lane}
+    for lane in {job["lane"] for job in all_jobs.values()}:
+        ready = {id: job for id, job in all_jobs.items() if job["state"] == "ready" and job["lane"] == lane}
         assert set(await ranked(f"age:{lane}")) == set(ready)
         assert set(await redis.smembers(f"{prefix}solo:{lane}")) == {
             i for i, job in ready.items() if job["solo"] == "1"
@@ -142,10 +145,12 @@ async def _audit(redis: Redis, prefix: str) -> None:
     expected.add("hooks")
 
     # Counters.
-    queued = Counter(job["lane"] for job in jobs.values() if job["status"] == "queued")
+    queued = Counter(job["lane"] for job in all_jobs.values() if job["state"] not in ("running", "ended"))
+    held = Counter(job["lane"] for job in shards.values() if job["state"] == "running")
     unfinished = Counter(job["owner"] for job in jobs.values() if job["state"] != "ended")
     statuses = Counter(job["status"] for job in jobs.values())
-    for name, count in (("lane_load", queued), ("owner_load", unfinished), ("tally", statuses)):
+    counted = {"lane_load": queued, "owner_load": unfinished, "tally": statuses, "shards_running": held}
+    for name, count in counted.items():
         assert {field: int(value) for field, value in (await redis.hgetall(prefix + name)).items()} == dict(count)
     promised: Counter[str] = Counter()
     for job in jobs.values():
@@ -153,7 +158,24 @@ async def _audit(redis: Redis, prefix: str) -> None:
             promised[job["owner"]] += int(job["bytes"])
     assert {field: int(value) for field, value in (await redis.hgetall(prefix + "owner_bytes")).items()} == promised
     expected.add("owner_bytes")
-    expected |= {"lane_load", "owner_load", "tally", "totals", "aged", "sequence"}
+    expected |= {"lane_load", "owner_load", "tally", "totals", "aged", "sequence", "shards_running"}
+
+    # Shards go with their job, which waits for those that have not succeeded, and shows how far all of them are.
+    for id, job in jobs.items():
+        parts = [shards.pop(f"{id}+{number}") for number in range(int(job.get("shards", 0)))]
+        if job["state"] == "split":
+            assert int(job["unmet"]) == sum(part["status"] != "succeeded" for part in parts) > 0
+            assert all(part["state"] != "ended" for part in parts if part["status"] != "succeeded")
+            assert int(job.get("done", 0)) == sum(int(part.get("done", 0)) for part in parts)
+        elif job["state"] == "ended":
+            assert all(part["state"] == "ended" or part.get("cancel") == "1" for part in parts)
+            assert all(times[part["id"]][0] > 0 for part in parts)
+        else:
+            assert all(part["status"] == "succeeded" for part in parts)
+        if job["state"] != "ended":
+            assert all(times[part["id"]][0] == -1 for part in parts)
+        assert (job["state"] in ("running", "split") or bool(parts)) or job["status"] != "running"
+    assert not shards
 
     # Parents know who waits for them, as long as they wait.
     waiters: dict[str, set[str]] = {}
@@ -180,7 +202,7 @@ async def _audit(redis: Redis, prefix: str) -> None:
     rest = {key for key in keys - expected if not key.startswith(("tomb:", "idem:", "taken:", "inputs:"))}
     assert rest == set()
     for key in keys - expected:
-        assert await redis.ttl(prefix + key) > 0
+        assert await redis.ttl(prefix + key) != -1  # -2: it just went
 
 
 def _escaped(prefix: str) -> str:

@@ -25,7 +25,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from bathyscope_backplane.broker import ENDED, Broker, BrokerLimits, HookQueue, Lease, connect
+from bathyscope_backplane.broker import ENDED, Broker, BrokerLimits, HookQueue, Lease, Shard, connect, shards_of
 
 LANES = ["cpu", "fetch", "model:m:none:auto"]
 OWNERS = ["key_a", "key_b", "key_c"]
@@ -95,7 +95,7 @@ class Machine(RuleBasedStateMachine):
 
     @initialize(target=jobs)
     def first(self):
-        return self.submit(0, 0, "normal", 3, [], True)
+        return self.submit(0, 0, "normal", 3, [], True, 0)
 
     @rule(
         target=jobs,
@@ -105,19 +105,25 @@ class Machine(RuleBasedStateMachine):
         max_attempts=st.integers(1, 3),
         parents=st.lists(jobs, max_size=3),
         hook=st.booleans(),
+        parts=st.sampled_from([0, 0, 0, 1, 2, 3]),
     )
-    def submit(self, lane, owner, priority, max_attempts, parents, hook):
+    def submit(self, lane, owner, priority, max_attempts, parents, hook, parts):
         job = self.new_job(
             lane=LANES[lane],
             owner=OWNERS[owner],
             priority=priority,
             max_attempts=max_attempts,
-            parents=tuple(parents),
+            parents=() if parts else tuple(parents),
+            shards=tuple(
+                Shard(number=part, first=part, inputs=1, start=part, end=part + 1, rows=1 + part)
+                for part in range(parts)
+            ),
             webhook=f"https://hooks{owner}.example/" if hook else None,
         )
         # Sent twice, as a connection that breaks would.
         assert self.run(self.broker.submit(job)) == self.run(self.broker.submit(job))
-        self.model.holder[job.id] = None
+        for id in (job.id, *(f"{job.id}+{part}" for part in range(parts))):
+            self.model.holder[id] = None
         if hook:
             self.model.awaited.add(job.id)
         self.look([job.id])
@@ -129,15 +135,20 @@ class Machine(RuleBasedStateMachine):
         lanes=st.permutations(LANES),
         n=st.integers(1, 6),
         idle=st.booleans(),
+        shards=st.booleans(),
     )
-    def take(self, worker, lanes, n, idle):
-        taken = self.run(self.broker.take(worker, lanes, n, lease_ms=LEASE_MS, engine_idle=idle))
+    def take(self, worker, lanes, n, idle, shards):
+        shard_lanes = [shards_of(lane) for lane in lanes] if shards else []
+        taken = self.run(
+            self.broker.take(worker, lanes, n, lease_ms=LEASE_MS, engine_idle=idle, shard_lanes=shard_lanes)
+        )
         self.took(taken, n, idle)
         return taken.leases
 
     def took(self, taken, n, idle):
         assert len(taken.leases) <= n
-        assert len({lease.lane for lease in taken.leases}) <= 1
+        assert sum(lease.shard is not None for lease in taken.leases) <= 1
+        assert len({lease.lane for lease in taken.leases if lease.shard is None}) <= 1
         if any(lease.solo for lease in taken.leases):
             assert idle
             assert len(taken.leases) == 1
@@ -156,6 +167,8 @@ class Machine(RuleBasedStateMachine):
 
     def write(self, lease: Lease, deed: str) -> None:
         ref, broker = lease.ref, self.broker
+        if lease.shard is not None and deed == "move":
+            return
         holds = self.model.holder[ref.job_id] == ref.token
         again = self.family(self.model.deeds.get((ref.job_id, ref.token))) == self.family(deed)
         cancelled = holds and self.run(broker.get(ref.job_id)).cancel_requested
@@ -167,7 +180,7 @@ class Machine(RuleBasedStateMachine):
             "move": lambda: broker.move(ref, lane=LANES[-1], payload='{"part": 2}'),
             **{name: partial(broker.release, ref, reason=reason) for name, reason in RELEASES.items()},
             "stop": lambda: broker.acknowledge_cancel(ref),
-            "progress": lambda: broker.progress(ref, stage="s", done=1, total=None, unit="inputs"),
+            "progress": lambda: broker.progress(ref, stage="s", done=1, total=2, unit="inputs"),
             "mark": lambda: broker.mark_alone(ref, True),
             "renew": lambda: broker.renew([ref], LEASE_MS),
         }[deed]
@@ -177,8 +190,9 @@ class Machine(RuleBasedStateMachine):
             assert reply == ["cancelled" if cancelled else "held" if holds else "lost"]
             return
         if not holds:
-            # True only for the very deed that ended this attempt: its answer may have been lost.
-            assert reply == again
+            # True only for the very deed that ended this attempt, whose answer may have been lost, as long as the job's
+            # record is there.
+            assert reply == (again and before is not None)
             assert self.run(broker.get(ref.job_id)) == before
             return
         assert reply
@@ -269,23 +283,33 @@ class Machine(RuleBasedStateMachine):
         assert self.run(self.broker.replay(job)) == (job in dead)
         if job in dead:
             assert self.model.ended.pop(job) == "failed"
+            for part in [id for id in self.model.holder if id.startswith(f"{job}+")]:
+                self.model.ended.pop(part, None)
+                self.model.holder[part] = None
 
     @rule(job=consumes(jobs))
     def forget(self, job):
         if job in self.model.ended:
             assert self.run(self.broker.forget(job)) == (self.model.ended[job] != "gone")
             self.model.ended[job] = "gone"
+            for part in [id for id in self.model.holder if id.startswith(f"{job}+")]:
+                self.model.ended[part], self.model.holder[part] = "gone", None
 
     def look(self, ids):
         """Holds records against the model: what ended stays as it ended, what is held runs."""
         records = [self.run(self.broker.get(id)) for id in ids]
         for id, record in zip(ids, records, strict=True):
+            if record is None and "+" in id:  # it goes with its job
+                assert self.model.ended.get(id.partition("+")[0]) is not None, "lost"
+                self.model.ended[id] = "gone"
+                continue
             if record is None:
                 assert self.model.ended.get(id) is not None, "lost"
                 self.model.ended[id] = "gone"
                 assert self.run(self.broker.tombstone(id)) is not None
                 continue
-            assert (record.status == "running") == (self.model.holder[id] is not None)
+            assert (record.state == "running") == (self.model.holder[id] is not None)
+            assert record.shards or (record.status == "running") == (record.state == "running")
             if record.status in ENDED:
                 assert self.model.ended.setdefault(id, record.status) == record.status
             else:
@@ -307,18 +331,21 @@ class Machine(RuleBasedStateMachine):
             self.broker.clock_skew_ms += 15_000
             for job in (await self.broker.reap()).lapsed:
                 self.model.holder[job] = None
-            taken = await self.broker.take("another", LANES, 8, lease_ms=LEASE_MS, engine_idle=True)
+            taken = await self.broker.take(
+                "another", LANES, 8, lease_ms=LEASE_MS, engine_idle=True, shard_lanes=[*map(shards_of, LANES)]
+            )
             self.took(taken, 8, True)
             for lease in taken.leases:
                 assert await self.broker.finish(lease.ref, resource=None, timings={})
                 self.model.holder[lease.job_id] = None
-            if not {"queued", "running"} & set((await self.broker.stats()).jobs):
+            stats = await self.broker.stats()
+            if not {"queued", "running"} & set(stats.jobs) and not stats.leases:
                 break
         else:
             raise AssertionError("stuck")
         for id in self.model.holder:
             record = await self.broker.get(id)
-            assert record.status in ENDED if record else await self.broker.tombstone(id)
+            assert record.status in ENDED if record else "+" in id or await self.broker.tombstone(id)
             self.model.ended[id] = record.status if record else "gone"
         # Claims of those who died with them lapse, pauses end, and every hook is told.
         self.broker.clock_skew_ms += 10_000

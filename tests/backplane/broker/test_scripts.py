@@ -15,7 +15,7 @@ LUA = sorted(path.name.removesuffix(".lua") for path in files(package).joinpath(
 SCRIPTS = {name: value for name, value in vars(_scripts).items() if isinstance(value, Script)}
 # Of Redis 7.0, all also in Redis 8 and Valkey 9. What only one of them has (XACKDEL, HEXPIRE, …) is not for us.
 COMMANDS = re.compile(
-    "DEL|EXISTS|GET|H(DEL|EXISTS|GET|GETALL|INCRBY|MGET|SET)|INCR(BY)?|PERSIST|PEXPIRE|PUBLISH|S(ADD|CARD|MEMBERS|REM)|SET"
+    "DEL|EXISTS|GET|H(DEL|EXISTS|GET|GETALL|INCRBY|MGET|SET|SETNX)|INCR(BY)?|PERSIST|PEXPIRE|PUBLISH|S(ADD|CARD|MEMBERS|REM)|SET"
     "|TIME|XADD|Z(ADD|CARD|COUNT|RANGE|RANGEBYSCORE|REM|SCORE)"
 )
 

@@ -152,15 +152,15 @@ def test_neighbours_keep_their_numbers(
     engine = start_engine()
     alone = engine.extract("alone", tiny, texts, layers=[2, 4])["hidden_states"]
     engine.run("long", tiny, ["The capital of France is Paris. " * 20] * 200, layers=[4])
-    engine.run("asked", tiny, QUESTIONS * 3, layers=[1], score_choices=True, owner="one")
+    engine.run("asked", tiny, QUESTIONS, layers=[1], score_choices=True, owner="one")  # few, to end with others
     engine.run("beside", tiny, texts, layers=[2, 4], owner="two")
-    engine.run("words", tiny, [{"prompt": "deep", "answer": "x"}] * 5, layers=[1], score_choices=True, owner="three")
+    engine.run("words", tiny, [{"prompt": "deep", "answer": "x"}], layers=[1], score_choices=True, owner="three")
     ended = engine.finished("long", "asked", "beside", "words")
     assert any({"asked", "beside"} <= set(event["ids"]) for event in engine.log if event["ev"] == "running")
     from safetensors.torch import load_file
 
     assert max_relative_error(load_file(ended["beside"]["result"]["path"])["hidden_states"], alone) < 1e-5
-    apart = engine.run("apart", tiny, QUESTIONS * 3, layers=[1], score_choices=True) or engine.finished("apart")
+    apart = engine.run("apart", tiny, QUESTIONS, layers=[1], score_choices=True) or engine.finished("apart")
     for one, other in zip(lines(ended["asked"]), lines(apart["apart"]), strict=True):
         np.testing.assert_allclose(one["logprobs"], other["logprobs"], rtol=0, atol=TOLERANCE)
 

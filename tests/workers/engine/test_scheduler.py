@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from bathyscope_workers.engine.protocol import RunJob
-from bathyscope_workers.engine.scheduler import Active, Scheduler
+from bathyscope_workers.engine.scheduler import HEAD_START_SECONDS, Active, Scheduler, next_to_tokenise
 from bathyscope_workers.extraction.plan import Pending, Queue
 from bathyscope_workers.models.forward import Style
 
@@ -21,7 +21,7 @@ class Resident:
 class Work:
     """What the scheduler reads of an extraction."""
 
-    answering = False
+    answering = branching = False
 
     def __init__(
         self,
@@ -98,6 +98,25 @@ def test_small_jobs_share_a_batch(resident: Resident) -> None:
     assert len(serve(Scheduler(batch_tokens=100), jobs)) == 1
 
 
+def test_what_ends_with_a_batch_is_not_kept_by_rows_of_what_does_not(resident: Resident) -> None:
+    """A batch takes as long as it is large: of a job that goes on anyway it gets a quarter's filling at most."""
+    big = active("big", Work([10] * 1000, resident), owner="a")
+    scheduler = Scheduler(batch_tokens=100)
+    assert serve(scheduler, [big], batches=1) == [{"big": 10}]
+    one = active("one", Work([10], resident), owner="b")
+    assert serve(scheduler, [big, one], batches=2) == [{"one": 1, "big": 1}, {"big": 10}]
+    # Those that end with it too fill it up.
+    few = [active(f"few{index}", Work([10] * 2, resident), owner=f"o{index}") for index in range(4)]
+    assert serve(scheduler, [big, *few], batches=1) == [{f"few{index}": 2 for index in range(4)}]
+    # One that does not end with it has no use for a smaller batch.
+    two, wide = (
+        active("two", Work([40, 5], resident), owner="c"),
+        active("wide", Work([30] * 1000, resident), owner="d"),
+    )
+    wide.turn = 1
+    assert serve(scheduler, [wide, two], batches=1) == [{"two": 1, "wide": 1}]
+
+
 @pytest.mark.parametrize("reason", ["solo", "resident", "style", "depth", "length"])
 def test_who_does_not_share(resident: Resident, reason: str) -> None:
     first = active("first", Work([10], resident), owner="a")
@@ -164,3 +183,15 @@ def test_a_large_pair_runs_one_variant_after_the_other(resident: Resident) -> No
     while rows := scheduler.next_batch([job]):
         batches.append({row.row // 40 for row in rows})
     assert batches == [{0}] * 4 + [{1}] * 4
+
+
+def test_a_new_job_is_tokenised_before_the_next_thousand_of_a_large_one(resident: Resident) -> None:
+    big, small = active("big", Work([], resident)), active("small", Work([], resident))
+    big.last_served = big.received
+    small.received = big.last_served + HEAD_START_SECONDS / 2  # it came while the large one had its turn
+    assert next_to_tokenise([big, small]) is small
+    # But one after the other of them does not keep the large one from its turn.
+    small.received = big.last_served + 2 * HEAD_START_SECONDS
+    assert next_to_tokenise([big, small]) is big
+    small.last_served = big.last_served + 1
+    assert next_to_tokenise([small, big]) is big

@@ -101,6 +101,31 @@ def test_quantized(smollm2: ModelSpec, smollm2_resident: Resident, quantization:
         assert facts.self_test["max_relative_error"] == 0
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_lower_precision_says_what_it_costs(minilm: ModelSpec, tmp_path: Path, dtype: Any) -> None:
+    spec = replace(minilm, compute_dtype=dtype, data_dir=str(tmp_path))
+    alone = load_resident(spec, CPU, room_bytes=0)
+    assert alone.facts.self_test["against_float32"] is None
+    resident = load_resident(spec, CPU)
+    against = resident.facts.self_test["against_float32"]
+    assert resident.facts.self_test["against_unquantized"] is None
+    exact = load_resident(replace(spec, compute_dtype="float32"), CPU)
+    assert exact.facts.self_test["against_float32"] is None
+    # Of the same texts, by the models themselves.
+    rows = selftest.token_rows(lambda text: exact.tokenizer(text)["input_ids"], exact.facts.vocab_size, None)
+    own, expected = (
+        selftest.last_tokens(selftest.reference(one.model, rows, torch.device("cpu"), lambda: None))
+        for one in (resident, exact)
+    )
+    errors = [
+        float(((a[:, layer] - b[:, layer]).norm(dim=-1) / b[:, layer].norm(dim=-1)).max())
+        for layer in range(exact.facts.num_layers + 1)
+        for a, b in [(torch.cat(own), torch.cat(expected))]
+    ]
+    assert [one["relative_error"] for one in against["layers"]] == pytest.approx(errors, rel=1e-3)
+    assert 1e-5 < against["max_relative_error"] < (0.2 if dtype == "bfloat16" else 0.02)
+
+
 def test_the_unquantized_states_are_kept(smollm2: ModelSpec, smollm2_resident: Resident) -> None:
     rows = selftest.token_rows(lambda text: smollm2_resident.tokenizer(text)["input_ids"], 49152, None)
     kept = selftest.ReferenceStates(

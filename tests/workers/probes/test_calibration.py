@@ -11,8 +11,10 @@ from sklearn.isotonic import IsotonicRegression
 
 from bathyscope import _calibrators
 from bathyscope.errors import InvalidRequest
-from bathyscope_workers.probes import metrics
+from bathyscope_workers.probes import cautions, metrics
 from bathyscope_workers.probes.calibration import check_calibration, fit_calibrator
+from bathyscope_workers.probes.metrics import Figure
+from bathyscope_workers.probes.report import Scores
 
 METHODS = ("platt", "isotonic", "temperature")
 
@@ -174,3 +176,14 @@ def test_refusals(method: str, task: str) -> None:
     with pytest.raises(InvalidRequest) as caught:
         check_calibration(method, task)
     assert caught.value.errors[0]["pointer"] == "/calibration"
+
+
+def test_a_temperature_at_the_end_of_its_range_is_said() -> None:
+    y = np.arange(200) % 2
+    separated = fit_calibrator("temperature", np.where(y == 1, 5.0, -5.0), y)
+    noise = fit_calibrator("temperature", np.random.default_rng(0).normal(size=200) + y, y)
+    reversed_ = fit_calibrator("temperature", np.where(y == 1, -5.0, 5.0), y)
+    assert (separated.at_bound, noise.at_bound, reversed_.at_bound) == (True, False, True)
+    before = Scores({"ece": Figure(0.2)})
+    said = cautions.about_calibration("temperature", before, before, 200, at_bound=True)
+    assert ["end of its range" in one for one in said] == [True]

@@ -203,3 +203,18 @@ def test_cuda_equals_the_cpu(classes: int) -> None:
         for (coef, _, certified), (best, _, _) in zip(one, other, strict=True):
             assert certified
             np.testing.assert_allclose(coef, best, atol=1e-5)
+
+
+def test_scikit_learns_own_end_is_judged_by_the_gradient() -> None:
+    """Rows that a plane separates have their optimum far out, and L-BFGS ends where it hardly moves any more."""
+    rng = np.random.default_rng(0)
+    y = np.arange(60) % 3
+    Z = rng.normal(size=(60, 8)) + 6 * np.eye(3)[y] @ rng.normal(size=(3, 8))
+    for C, sure in ((1.0, True), (1e8, False)):
+        coef, intercept, converged = solve_exactly(Z, y, 3, C)
+        scores = Z @ coef.T + intercept
+        p = np.exp(scores - np.logaddexp.reduce(scores, axis=1, keepdims=True))
+        gradient = C * (p - np.eye(3)[y]).T @ Z + coef
+        reach = np.linalg.norm(Z, axis=1).max() * np.linalg.norm(gradient)
+        assert converged == sure
+        assert (reach <= 10 * SCORE_TOLERANCE) == sure

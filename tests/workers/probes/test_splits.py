@@ -178,6 +178,17 @@ def test_a_random_split_lets_the_classes_fall() -> None:
     assert 3 < np.mean(random) < 5
 
 
+def test_a_random_split_takes_a_class_of_fewer_rows_than_folds() -> None:
+    labels = targets_of([0] * 40 + [1] * 3)
+    folds = make_folds(labels, split="random")
+    for train, _ in folds:
+        assert {0, 1} == set(labels.codes[train].tolist())
+    with pytest.raises(InvalidRequest, match="one of 5 folds would have none"):
+        make_folds(labels, split="stratified")
+    with pytest.raises(InvalidRequest, match="would be scored by a probe that never saw it"):
+        make_folds(targets_of([0] * 40 + [1] * 3), split="random", groups=[*range(40), 40, 40, 40])
+
+
 def test_values_are_dealt_evenly() -> None:
     rng = np.random.default_rng(0)
     values = np.exp(rng.normal(size=200))

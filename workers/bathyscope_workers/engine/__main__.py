@@ -6,12 +6,17 @@ import argparse
 import os
 import socket
 import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import structlog
 
 from bathyscope_backplane import logs
 from bathyscope_workers.engine.process import die_with_parent, ignore_interrupts
 from bathyscope_workers.engine.protocol import EXIT_DEVICE_FAULT
+
+if TYPE_CHECKING:
+    from bathyscope_workers.extraction.cache import CacheOptions
 
 _log = structlog.get_logger(__name__)
 
@@ -50,6 +55,7 @@ def main(arguments: list[str] | None = None) -> int:
         memory_bytes=options.memory_bytes,
         force_cpu=options.cpu,
         template_seconds=options.template_seconds,
+        cache=_cache(options),
     )
     try:
         ModelEngine(channel, settings).run()
@@ -57,6 +63,14 @@ def main(arguments: list[str] | None = None) -> int:
         _log.exception("device.lost")
         os._exit(EXIT_DEVICE_FAULT)
     return 0
+
+
+def _cache(options: argparse.Namespace) -> CacheOptions | None:
+    from bathyscope_workers.extraction.cache import MIN_BYTES, CacheOptions
+
+    if options.cache_dir is None or options.cache_bytes < MIN_BYTES:
+        return None
+    return CacheOptions(options.cache_dir, options.cache_bytes, options.cache_free_bytes, options.cache_shared)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -68,6 +82,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--threads", type=int, help="CPU threads of torch (all cores)")
     parser.add_argument("--cpu", action="store_true", help="compute on the CPU although there is a GPU")
     parser.add_argument("--template-seconds", type=float, default=5.0, help="deadline of one chat template")
+    parser.add_argument("--cache-dir", type=Path, help="folder of rows that were computed before (none are kept)")
+    parser.add_argument("--cache-bytes", type=int, default=0, help="bound of that folder")
+    parser.add_argument("--cache-free-bytes", type=int, default=0, help="bytes of its disk that stay free")
+    parser.add_argument("--cache-shared", action="store_true", help="rows of one API key serve another")
     parser.add_argument("--worker", help="name of the worker, for the log")
     parser.add_argument("--log-level", default="info", choices=("debug", "info", "warning", "error"))
     return parser

@@ -23,9 +23,10 @@ from bathyscope_workers.engine.channel import Channel
 from bathyscope_workers.engine.problems import DeviceFault, problem_of
 from bathyscope_workers.engine.protocol import RunJob
 from bathyscope_workers.engine.residents import Residents
-from bathyscope_workers.engine.scheduler import Active, Row, Scheduler
+from bathyscope_workers.engine.scheduler import Active, Row, Scheduler, next_to_tokenise
 from bathyscope_workers.engine.telling import Telling
-from bathyscope_workers.extraction.batch import run_batch
+from bathyscope_workers.extraction.batch import run_batch, tokens_of
+from bathyscope_workers.extraction.cache import CacheOptions, RowCache
 from bathyscope_workers.extraction.extraction import Extraction
 from bathyscope_workers.extraction.spec import ExtractionSpec
 from bathyscope_workers.extraction.template import ChatRenderer
@@ -56,6 +57,8 @@ class ModelEngineSettings:
     force_cpu: bool = False
     template_seconds: float = 5.0
     """Deadline of rendering one chat template."""
+    cache: CacheOptions | None = None
+    """Where rows are kept for the next request; without it none are."""
 
 
 class ModelEngine:
@@ -70,10 +73,11 @@ class ModelEngine:
     ) -> None:
         settings = settings or ModelEngineSettings()
         self._channel = channel
-        self._tell = Telling(channel)
         self._finishers = handlers.FINISHERS if finishers is None else finishers
         self.device = Device.pick(limit_bytes=settings.memory_bytes, force_cpu=settings.force_cpu)
         self.renderer = ChatRenderer(seconds=settings.template_seconds)
+        self.cache = None if settings.cache is None else RowCache(settings.cache)
+        self._tell = Telling(channel, self.cache)
         self.residents = Residents(
             self.device,
             self.renderer,
@@ -111,16 +115,22 @@ class ModelEngine:
                 if self._jobs and not self._stopping:
                     self._start_jobs()
                     self._tokenise()
+                    self._complete()
                     self._run_batch()
         finally:
             self._drop_all()
             self.renderer.close()
+            if self.cache is not None:
+                self.cache.close()
 
     def _take_commands(self) -> None:
+        untidy = self.cache is not None and self.cache.tidy()
         if not self._jobs:
             self._tell.announce([])
+            if self.cache is not None and self.cache.untold:
+                self._tell.beat()
         while not self._stopping:
-            command = self._channel.get(block=not self._jobs)
+            command = self._channel.get(block=not self._jobs and not untidy)
             if command is None:
                 self._stopping = self._channel.closed
                 return
@@ -187,6 +197,10 @@ class ModelEngine:
                 max_result_bytes=job.extra.get("max_result_bytes"),
                 variants=[one and one["digest"] for one in job.extra.get("variants") or [None]],
                 paired=bool(job.spec.get("paired")),
+                first_input=job.extra.get("first_input", 0),
+                owner=job.owner,
+                solo=job.solo,
+                cache=self.cache,
             )
         except LoadFault as fault:
             self.residents.load_failed(job.resident if isinstance(job.resident, str) else spec.key, fault)
@@ -218,7 +232,7 @@ class ModelEngine:
             waiting = [one for one in self._jobs.values() if one.extraction is not None and not one.tokenised]
             if not waiting:
                 return
-            self._tokenise_step(min(waiting, key=lambda one: one.last_served or one.received))
+            self._tokenise_step(next_to_tokenise(waiting))
 
     def _tokenise_step(self, active: Active) -> None:
         """The next inputs of one job."""
@@ -253,10 +267,23 @@ class ModelEngine:
             if not self._is_active(active):
                 continue
             extraction = active.running
-            if extraction.done_rows == extraction.total_rows and not extraction.answering:
+            if not extraction.complete:
+                self._tell.progress(active, "forward", extraction.done_rows, extraction.total_rows)
+        self._complete()
+
+    def _complete(self) -> None:
+        """Go on with jobs that have nothing left to compute; one whose rows were all there waits for no batch."""
+        for active in [one for one in self._jobs.values() if one.tokenised and one.running.complete]:
+            self._tell.announce([active.job.id])
+            try:
+                filled = active.running.fill_step()
+            except Exception as error:
+                self._fail(active, error)
+                continue
+            if filled:
                 self._finish(active)
             else:
-                self._tell.progress(active, "forward", extraction.done_rows, extraction.total_rows)
+                self._tell.beat()
 
     def _answer(self, active: Active) -> None:
         """Go on with a job's answers in words for a moment."""
@@ -281,17 +308,20 @@ class ModelEngine:
         actives = list(dict.fromkeys(one.active for one in rows))
         started, began = time.monotonic(), time.time()
         try:
-            run_batch([(active.running, [one.row for one in rows if one.active is active]) for active in actives])
+            padded = run_batch(_shares(rows, actives), budget=self.scheduler.budget(actives[0].running.resident))
         except Exception as error:
             if is_device_fault(error):
                 raise DeviceFault(str(error)) from error
             split = self._split(rows, actives, error)
         else:
             seconds = time.monotonic() - started
+            if self.cache is not None:
+                self.cache.earn(seconds)
             for active in actives:
+                active.running.computed([one.row for one in rows if one.active is active])
                 active.timings["inference"] += seconds
                 active.stages.note("forward", began, began + seconds)
-            self._count(rows, seconds)
+            self._count(rows, padded, seconds)
             return
         # Outside of the handler: the exception's frames hold the failed batch's tensors.
         if split:
@@ -299,12 +329,11 @@ class ModelEngine:
             for part in split:
                 self._forward(part)
 
-    def _count(self, rows: list[Row], seconds: float) -> None:
-        lengths = [one.active.running.row_ids(one.row).size for one in rows]
+    def _count(self, rows: list[Row], padded: int, seconds: float) -> None:
+        # Of texts that begin alike fewer went through the model than they have.
+        tokens = min(padded, sum(one.active.running.row_ids(one.row).size for one in rows))
         resident = rows[0].active.running.resident
-        self._tell.batches.add(
-            resident.key, rows=len(rows), tokens=sum(lengths), padded=len(rows) * max(lengths), seconds=seconds
-        )
+        self._tell.batches.add(resident.key, rows=len(rows), tokens=tokens, padded=padded, seconds=seconds)
 
     def _split(self, rows: list[Row], actives: list[Active], error: Exception) -> list[list[Row]]:
         """What to try after a failure; nothing when the one job to blame was failed."""
@@ -314,9 +343,14 @@ class ModelEngine:
             for active in actives:
                 _log.warning("batch.out_of_memory", **active.job.names, rows=len(rows), tokens=widest)
             if len(rows) > 1:
-                resident.token_budget = max(1, len(rows) * widest // 2)
+                tokens = tokens_of(_shares(rows, actives)) // 2
+                resident.token_budget = max(1, min(tokens, self.scheduler.budget(resident)))
                 half = len(rows) // 2
                 return [rows[:half], rows[half:]]
+            # Without what is kept of beginnings, and without keeping any, it is tried once more.
+            if resident.kept.clear() or actives[0].running.ahead(rows[0].row):
+                actives[0].running.keep_nothing()
+                return [rows]
             text = f"a text of {widest} tokens does not fit into memory by itself; send shorter ones or set max_length"
             self._fail(actives[0], errors.OutOfMemory(text, tokens=widest))
         elif isinstance(error, RowsNotApart):
@@ -384,6 +418,10 @@ class ModelEngine:
 
     def _forget(self, active: Active) -> None:
         self._jobs.pop(active.job.id, None)
+        if active.extraction is not None:
+            resident = active.extraction.resident
+            running = [one for one in self._jobs.values() if one.extraction is not None]
+            resident.kept.only({one.job.owner for one in running if one.running.resident is resident})
         self.residents.unload_idle()
 
     def _drop_all(self) -> None:
@@ -392,6 +430,10 @@ class ModelEngine:
 
     def _is_active(self, active: Active) -> bool:
         return self._jobs.get(active.job.id) is active
+
+
+def _shares(rows: list[Row], actives: list[Active]) -> list[tuple[Extraction, list[int]]]:
+    return [(active.running, [one.row for one in rows if one.active is active]) for active in actives]
 
 
 def _rounded(timings: dict[str, float]) -> dict[str, float]:

@@ -113,7 +113,8 @@ class RunJob:
     extra: dict[str, Any] = field(default_factory=dict)
     """Members that this class does not name, handed to the handler or finisher untouched. `max_result_bytes` bounds an
     extraction's result file (`too-large`). `variants` are what an extraction runs under, each null (the base) or
-    `{"digest", "path"}` of a converted adapter; without it, the base alone. `adapter` is one such object: what a job of
+    `{"digest", "path"}` of a converted adapter; without it, the base alone. `first_input` is where the inputs begin in
+    the request's, when they are a part of them. `adapter` is one such object: what a job of
     kind `adapter` attaches and measures."""
 
     @property
@@ -221,6 +222,8 @@ class BeatEvent(TypedDict):
     ev: Literal["beat"]
     batches: NotRequired[list[list[str | int | float]]]
     """Forward passes since the last beat, each `[resident's key, rows, tokens, tokens with padding, seconds]`."""
+    cache: NotRequired[dict[str, int]]
+    """Rows since the last such beat: `hits`, `misses` and `duplicates` of requests, `evicted`; and `bytes` in use."""
 
 
 class DoneEvent(TypedDict):

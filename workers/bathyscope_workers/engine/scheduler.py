@@ -3,8 +3,13 @@
 Extractions of one resident share batches, and a new one joins at the next batch. Owners take turns at leading a
 batch, and an owner's jobs take turns among themselves, so one text never waits for ten thousand; higher priority
 goes first, and a class is gained for every `AGING_SECONDS` a job was not served. The leader fills the batch as
-far as it can; what is left goes to rows of other jobs that fit its width. A leader that has no rows left and gives
+far as it can; what is left goes to rows of other jobs that fit its width. A batch takes as long as it is large, so
+where the leader ends with it, jobs that do not fill a part of it at most. A leader that has no rows left and gives
 answers in words goes on with those for a moment instead.
+
+Rows of a job that begin alike are taken one after the other, since each computes only what the one before did not; a
+batch that they leave room in takes whole groups of such rows. Where a single row fills a batch, rows of its owner's
+other jobs that begin as it does join it.
 
 A batch holds rows of the base and of whichever adapters mix, each row under its own: sharing costs two small products a
 module and adapter, a batch left half empty costs more. An adapter that does not mix has its batches to itself.
@@ -13,15 +18,23 @@ module and adapter, a batch left half empty costs more. An adapter that does not
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from bathyscope_workers.engine.account import Stages
 from bathyscope_workers.engine.protocol import RunJob
 from bathyscope_workers.extraction.extraction import Extraction
+from bathyscope_workers.extraction.plan import Branches, Pending, Queue
+from bathyscope_workers.extraction.prefixes import MIN_PART, MIN_SHARED, common_length
 from bathyscope_workers.models.resident import Resident
 
 AGING_SECONDS = 10.0
+HEAD_START_SECONDS = 1.0
+"""A job that is not tokenised at all yet counts as if it had waited so much longer."""
+_PART = 4
+"""Where its leader ends with a batch, rows of jobs that go on fill it up to one part in so many."""
+_LOOKED_AT = 64
+"""Jobs whose next row is compared with one that fills a batch."""
 _CLASSES = {"high": 0, "normal": 1, "low": 2}
 
 
@@ -102,20 +115,77 @@ class Scheduler:
         first = next(queue for queue in extraction.queues if queue)
         if extraction.style.alone:
             return [Row(leader, row) for row in first.take(1)]
+        if isinstance(first.pending, Branches):
+            return self._fill_branches(leader, first, ready, now)
         width, group = first.pending.longest, extraction.group_of(first.adapter)
         rows = [Row(leader, row) for row in first.take(budget)]
+        if budget < 2 * width and extraction.branching:
+            rows += self._alike(rows[0], ready, now)
+            if len(rows) > 1:
+                return rows
         for other in ready:
             if other is not leader and not self._fits(leader, other):
                 continue
+            goes_on = other is not leader and _rows_left(other) > budget // width - len(rows)
+            most = budget // _PART if goes_on and not _has_rows(leader) else budget
             for queue in other.running.queues:
-                room = budget // width - len(rows)
-                if room <= 0:
+                if budget // width <= len(rows):
                     return rows
+                room = most // width - len(rows)
+                if room <= 0:
+                    break
                 if queue and other.running.group_of(queue.adapter) == group:
                     taken = queue.take(budget, width=width, most=room)
                     if taken:
                         other.last_served = now
                     rows += [Row(other, row) for row in taken]
+        return rows
+
+    def _fill_branches(self, leader: Active, first: Queue, ready: list[Active], now: float) -> list[Row]:
+        assert isinstance(first.pending, Branches)
+        budget = self.budget(leader.running.resident)
+        before = first.pending.tokens
+        rows = [Row(leader, row) for row in first.take(budget)]
+        room = budget - (before - first.pending.tokens)
+        for other in ready:
+            if not other.running.branching or (other is not leader and not self._fits(leader, other)):
+                continue
+            for queue in other.running.queues:
+                if room <= 0:
+                    return rows
+                if queue is not first and isinstance(queue.pending, Branches) and queue.adapter == first.adapter:
+                    before = queue.pending.tokens
+                    taken = [Row(other, queue.first_row + row) for row in queue.pending.take(room, whole=True)]
+                    room -= before - queue.pending.tokens
+                    if taken:
+                        other.last_served = now
+                    rows += taken
+        return rows
+
+    def _alike(self, row: Row, ready: list[Active], now: float) -> list[Row]:
+        """Rows of the same owner's other jobs that begin as this one does, as far as they fit beside it."""
+        mine = row.active.running
+        ids, adapter = mine.row_ids(row.row), mine.adapter_of(row.row)
+        budget = self.budget(mine.resident)
+        room = budget if len(ids) >= budget else budget - len(ids)
+        rows: list[Row] = []
+        others = [one for one in ready if one is not row.active and one.job.owner == row.active.job.owner]
+        for other in others[:_LOOKED_AT]:
+            if not other.running.branching or not self._fits(row.active, other):
+                continue
+            for queue in other.running.queues:
+                if queue.adapter != adapter or not isinstance(queue.pending, Pending):
+                    continue
+                while queue:
+                    theirs = other.running.row_ids(queue.first_row + queue.pending.first)
+                    common = common_length(ids, theirs)
+                    cost = len(theirs) - common
+                    if common < max(MIN_SHARED, MIN_PART * len(theirs)) or cost > room:
+                        break
+                    room -= cost
+                    taken = queue.take(budget, width=queue.pending.longest, most=1)
+                    rows += [Row(other, one) for one in taken]
+                    other.last_served = now
         return rows
 
     def budget(self, resident: Resident) -> int:
@@ -142,5 +212,15 @@ class Scheduler:
         return 2 * low >= high
 
 
+def next_to_tokenise(waiting: Sequence[Active]) -> Active:
+    """Whose inputs are tokenised next: in turn, and a new job, mostly a small one, does not wait for a large one's turn
+    that came while it was on its way; but not so that new ones keep that from its turn for ever."""
+    return min(waiting, key=lambda one: one.last_served or one.received - HEAD_START_SECONDS)
+
+
 def _has_rows(active: Active) -> bool:
     return any(active.running.queues)
+
+
+def _rows_left(active: Active) -> int:
+    return sum(map(len, active.running.queues))

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import time
+from typing import Any
 
 from bathyscope_workers.engine.account import Batches
 from bathyscope_workers.engine.channel import Channel
 from bathyscope_workers.engine.scheduler import Active
+from bathyscope_workers.extraction.cache import RowCache
 
 PROGRESS_SECONDS = 0.5
 
@@ -14,16 +16,21 @@ PROGRESS_SECONDS = 0.5
 class Telling:
     """The events of one pipe."""
 
-    def __init__(self, channel: Channel) -> None:
+    def __init__(self, channel: Channel, cache: RowCache | None) -> None:
         self._channel = channel
+        self._cache = cache
         self._running: list[str] = []
         self.batches = Batches()
         """Told with the next beat."""
 
     def beat(self) -> None:
-        """Say that the engine lives, and what forward passes there were."""
-        batches = self.batches.take()
-        self._channel.send({"ev": "beat", "batches": batches} if batches else {"ev": "beat"})
+        """Say that the engine lives, what forward passes there were, and what the cache of rows did."""
+        event: dict[str, Any] = {"ev": "beat"}
+        if batches := self.batches.take():
+            event["batches"] = batches
+        if self._cache is not None and (counts := self._cache.take_counts()):
+            event["cache"] = counts
+        self._channel.send(event)
 
     def announce(self, ids: list[str]) -> None:
         """Say which jobs the engine is at, where they are others than before."""

@@ -1,48 +1,78 @@
-"""One forward pass for rows of several extractions, each under its own adapter."""
+"""One batch of rows of several extractions: mostly one forward pass, each row under its own adapter."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
-from itertools import groupby
 
 import torch
 
-from bathyscope_workers.adapters.bank import Share
+from bathyscope_workers.extraction.branching import branch
 from bathyscope_workers.extraction.extraction import Extraction
+from bathyscope_workers.extraction.layouts import Branched, Padded
 from bathyscope_workers.extraction.pool import BatchPart
 from bathyscope_workers.extraction.scoring import ScorePart
 
+Shares = Sequence[tuple[Extraction, list[int]]]
 
-def run_batch(shares: Sequence[tuple[Extraction, list[int]]]) -> None:
+
+def run_batch(shares: Shares, *, budget: int) -> int:
     """Run rows of extractions on the same resident and write their states and scores to their places.
 
     Each share is an extraction and the rows it has in this batch. Nothing is counted as done when it fails; rows
-    already written are written again by the next try.
+    already written are written again by the next try. `budget` is what a batch of the resident may hold, in tokens.
+    Gives the tokens that went through the model, with the padding.
     """
-    first = shares[0][0]
-    resident = first.resident
-    # Rows of one adapter lie together, the base's first.
-    rows = sorted(
-        (
-            (extraction.adapter_of(row) or "", number, row)
-            for number, (extraction, rows) in enumerate(shares)
-            for row in rows
+    computed = [0] * len(shares)
+    trees = branch(shares)
+    if trees is not None:
+        for branch_rows, layout in trees.run(budget):
+            _run(shares, [(one.share, one.row) for one in branch_rows], layout, computed)
+    else:
+        # Rows of one adapter lie together, the base's first.
+        rows = sorted(
+            (
+                (extraction.adapter_of(row) or "", number, row)
+                for number, (extraction, rows) in enumerate(shares)
+                for row in rows
+            )
         )
-    )
-    ids, lengths = resident.forward.pad([shares[number][0].row_ids(row) for _, number, row in rows])
-    seq = ids.shape[1]
+        first = shares[0][0]
+        padded = Padded(
+            first.resident,
+            first.style,
+            [shares[number][0].row_ids(row) for _, number, row in rows],
+            [digest or None for digest, _, _ in rows],
+        )
+        _run(shares, [(number, row) for _, number, row in rows], padded, computed)
+    for (extraction, mine), tokens in zip(shares, computed, strict=True):
+        extraction.done_rows += len(mine)
+        extraction.computed_tokens += tokens
+    return sum(computed)
+
+
+def tokens_of(shares: Shares) -> int:
+    """The tokens that a batch of these rows holds, with the padding."""
+    trees = branch(shares)
+    if trees is not None:
+        return trees.tokens
+    lengths = [len(extraction.row_ids(row)) for extraction, rows in shares for row in rows]
+    return len(lengths) * max(lengths)
+
+
+def _run(shares: Shares, rows: Sequence[tuple[int, int]], layout: Padded | Branched, computed: list[int]) -> None:
+    """One forward pass, of rows in the order that they lie in."""
     parts: list[BatchPart] = []
     scores: list[ScorePart] = []
     for number, (extraction, _) in enumerate(shares):
-        mine = [(place, row) for place, (_, owner, row) in enumerate(rows) if owner == number]
-        mine_rows, places = [row for _, row in mine], [place for place, _ in mine]
-        parts.append(BatchPart(extraction, mine_rows, places, seq))
+        places = [place for place, (owner, _) in enumerate(rows) if owner == number]
+        mine = [rows[place][1] for place in places]
+        computed[number] += sum(layout.computed[place] for place in places)
+        parts.append(BatchPart(extraction, mine, places, layout.where))
         if extraction.questions is not None:
-            scores.append(ScorePart(extraction, mine_rows, places, seq))
+            scores.append(ScorePart(extraction, mine, places, layout.where))
     scores = [part for part in scores if not part.empty]
     asked = set().union(*(extraction.slots for extraction, _ in shares))
-    layers = sorted(asked | {resident.facts.num_layers} if scores else asked)
+    layers = sorted(asked | {shares[0][0].resident.facts.num_layers} if scores else asked)
 
     def consume(layer: int, states: torch.Tensor) -> None:
         for part in parts:
@@ -50,19 +80,10 @@ def run_batch(shares: Sequence[tuple[Extraction, list[int]]]) -> None:
         for score in scores:
             score.consume(layer, states)
 
-    adapters: list[Share] = []
-    for digest, group in groupby(rows, key=lambda one: one[0]):
-        count = len(list(group))
-        adapters.append(Share(digest or None, adapters[-1].first + adapters[-1].rows if adapters else 0, count))
-    plain = all(share.adapter is None for share in adapters)
-    with nullcontext() if plain else resident.adapters.serving(adapters, seq):
-        resident.forward(ids, lengths, layers, consume, first.style)
+    layout.run(layers, consume)
     for part in parts:
         part.flush()
     for score in scores:
         score.score()
     for part in parts:
         part.extraction.compare(part.rows)
-    for extraction, mine_rows in shares:
-        extraction.done_rows += len(mine_rows)
-        extraction.computed_tokens += len(mine_rows) * seq

@@ -31,6 +31,10 @@ class ChangeSum:
         self._sums[here] += torch.where(known, ratio, 0.0).sum(0).cpu().numpy()
         self._counts[here] += known.sum(0).cpu().numpy()
 
+    def to_wire(self) -> dict[str, list[float]]:
+        """Sums and counts, a number a layer: those of shards add up."""
+        return {"sums": self._sums.tolist(), "counts": self._counts.tolist()}
+
     def means(self) -> list[float | None]:
         """One number a layer; None where no vector was counted."""
         return [float(total / count) if count else None for total, count in zip(self._sums, self._counts, strict=True)]
@@ -59,6 +63,10 @@ class VariantChanges:
     def relative_change(self) -> list[list[float | None]]:
         """For each variant one number a layer, None where there is none; zeros for the first."""
         return [[0.0] * self._states.shape[2], *(one.means() for one in self._sums[1:])]
+
+    def to_wire(self) -> list[dict[str, list[float]]]:
+        """What `relative_change` is made of, for each variant but the first."""
+        return [one.to_wire() for one in self._sums[1:]]
 
     def _compare(self, variant: int, inputs: NDArray[np.int64]) -> None:
         inputs = inputs[~self._compared[variant, inputs]]

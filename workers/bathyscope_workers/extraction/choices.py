@@ -285,7 +285,9 @@ class Questions:
         start = 0
         for index, (choices, right) in enumerate(zip(self._counts, self._answers, strict=True)):
             if isinstance(right, str):
-                yield _answer_line(index, answered[index], matches(answered[index].text, right, self._spec.match))
+                answer = answered[index]
+                correct = matches(answer.text, right, self._spec.match)
+                yield _answer_line(self._reader.first_input + index, answer, correct)
                 continue
             here = slice(start, start + choices)
             start += choices
@@ -293,7 +295,7 @@ class Questions:
             mean = total / tokens
             picked, by_mean = int(np.argmax(total)), int(np.argmax(mean))
             yield {
-                "index": index,
+                "index": self._reader.first_input + index,
                 "logprobs": total.tolist(),
                 "logprobs_per_token": mean.tolist(),
                 "tokens": tokens.tolist(),
@@ -313,7 +315,10 @@ class Questions:
             detail = "its log-probabilities are not finite; compute in float32"
             raise errors.InvalidInput(
                 f"{len(wrong)} inputs have scores that are not numbers",
-                errors=[{"pointer": f"/inputs/{one}", "detail": detail} for one in sorted(wrong)[:MAX_FAULTS]],
+                errors=[
+                    {"pointer": f"/inputs/{self._reader.first_input + one}", "detail": detail}
+                    for one in sorted(wrong)[:MAX_FAULTS]
+                ],
             )
 
 

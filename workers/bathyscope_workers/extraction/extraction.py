@@ -19,11 +19,14 @@ import torch
 from numpy.typing import NDArray
 
 from bathyscope import errors
+from bathyscope_workers.extraction.cache import RowCache
 from bathyscope_workers.extraction.change import VariantChanges
 from bathyscope_workers.extraction.choices import Questions
 from bathyscope_workers.extraction.generation import Generation
 from bathyscope_workers.extraction.inputs import chunks, count_lines
-from bathyscope_workers.extraction.plan import Pending, Queue
+from bathyscope_workers.extraction.plan import Branches, Pending, Queue
+from bathyscope_workers.extraction.prefixes import Shared, find
+from bathyscope_workers.extraction.reuse import Reuse
 from bathyscope_workers.extraction.scratch import ScratchFile
 from bathyscope_workers.extraction.spec import ExtractionSpec
 from bathyscope_workers.extraction.template import ChatRenderer
@@ -62,6 +65,10 @@ class ExtractionResult:
     relative_change: list[list[float | None]] | None
     """Of a paired one: for each variant one number a layer, in the order asked for: the mean over vectors of the norm
     of the difference from the first variant over the norm of that; None where no vector has such a number."""
+    cache: dict[str, int]
+    """Rows (of all variants) that were not computed: `hits` came from the cache, `duplicates` equal another row."""
+    change: list[dict[str, list[float]]] | None = None
+    """What `relative_change` is made of: for each variant but the first `{"sums", "counts"}`, a number a layer."""
     choices: dict[str, Any] | None = None
     """What `Questions.write` gives, of one whose choices were scored."""
 
@@ -85,10 +92,16 @@ class Extraction:
         max_result_bytes: int | None = None,
         variants: Sequence[str | None] = (None,),
         paired: bool = False,
+        first_input: int = 0,
+        owner: str = "",
+        solo: bool = False,
+        cache: RowCache | None = None,
     ) -> None:
         """`variants` are digests of adapters, which are attached and stay so until the end, None being the base.
 
-        With `paired` the result has an axis of variants, also for a single one; several are always paired.
+        With `paired` the result has an axis of variants, also for a single one; several are always paired. Texts
+        that begin alike share their beginning with those of the same `owner`, and with none when `solo`. The inputs are
+        those of the request from `first_input` on.
         """
         self.spec = spec
         self.variants = tuple(variants)
@@ -100,6 +113,9 @@ class Extraction:
         self.top = resident.facts.num_layers if spec.score_choices else max(self.layers)
         self.torch_dtype = _TORCH_DTYPES[spec.dtype]
         self.style = resident.style if spec.batch_invariant else resident.batched_style
+        self.owner = owner
+        self.branching = resident.branching and self.style == resident.style and not solo and self.top > 0
+        """Whether rows that begin alike run as a tree."""
         self.total_inputs = len(inputs) if inputs is not None else count_lines(inputs_path)
         if self.total_inputs == 0:
             raise errors.InvalidRequest(
@@ -114,9 +130,12 @@ class Extraction:
         self._changes: VariantChanges | None = None
         self.sequences = 0
         """Rows of one variant."""
-        self._reader = InputReader(resident, spec, renderer)
+        self._reader = InputReader(resident, spec, renderer, first_input=first_input)
         self.questions: Questions | None = None
         """What is asked about the inputs."""
+        self._cache = cache
+        self._reuse: Reuse | None = None
+        """What need not be computed; null where every row must be."""
         self.generation: Generation | None = None
         """The answers in words that are still to be given."""
         if spec.score_choices:
@@ -137,8 +156,11 @@ class Extraction:
     def tokenise_step(self) -> bool:
         """Tokenise the next inputs; True when all are done and the result file is laid out.
 
-        Raises errors.InvalidInput, errors.InvalidRequest or errors.TooLarge; errors.OutOfSpace when the disk is full.
+        Then look, some rows at a time, for what need not be computed. Raises errors.InvalidInput, errors.InvalidRequest
+        or errors.TooLarge; errors.OutOfSpace when the disk is full.
         """
+        if self._reuse is not None:
+            return self._look()
         chunk = next(self._chunks, None)
         if chunk is not None:
             prepared = self._reader.prepare(self.read_inputs, chunk)
@@ -171,10 +193,44 @@ class Extraction:
             if self.questions.open:
                 self.generation = Generation(self)
         self._lay_out()
-        self.queues = [
-            Queue(adapter, number * self.sequences, Pending(lengths)) for number, adapter in enumerate(self.variants)
-        ]
+        if self.questions is None and self.style == self.resident.style:
+            self._reuse = Reuse(self, self._cache, self.owner)
+            return self._look()
+        self._plan(lengths)
         return True
+
+    def _look(self) -> bool:
+        assert self._reuse is not None
+        if not self._reuse.look_step():
+            return False
+        self._plan(self._lengths, self._reuse.missing)
+        return True
+
+    def _plan(self, lengths: NDArray[np.int64], missing: Sequence[NDArray[np.int64]] | None = None) -> None:
+        """Queue every row, of each variant those `missing`: those that begin alike apart from those that batches take
+        by their length."""
+        self._ahead: NDArray[np.int64] | None = None
+        before: NDArray[np.int64] | None = None
+        for number, adapter in enumerate(self.variants):
+            first = number * self.sequences
+            rows = np.arange(self.sequences) if missing is None else missing[number]
+            apart, order = rows, rows[:0]
+            if self.branching and len(rows):
+                if before is None or not np.array_equal(rows, before):
+                    found, before = self._alike(rows, lengths), rows
+                order, apart = rows[found.order], rows[found.apart]
+            if len(order):
+                if self._ahead is None:
+                    self._ahead = np.zeros(self.total_rows, dtype=np.int64)
+                self._ahead[first + order[:-1]] = found.shared[1:]
+                self.queues.append(Queue(adapter, first, Branches(order, lengths[order], found.shared)))
+            self.queues.append(Queue(adapter, first, Pending(lengths[apart], apart)))
+
+    def _alike(self, rows: NDArray[np.int64], lengths: NDArray[np.int64]) -> Shared:
+        """Which of some sequences begin alike, by their place in `rows`."""
+        if len(rows) == self.sequences:
+            return find(self._sequence_ids, self._sequence_starts)
+        return find(np.concatenate([self.row_ids(int(row)) for row in rows]), _running_sums(lengths[rows]))
 
     @property
     def total_rows(self) -> int:
@@ -198,6 +254,30 @@ class Extraction:
         """Token ids of a row."""
         number = row % self.sequences
         return self._sequence_ids[self._sequence_starts[number] : self._sequence_starts[number + 1]]
+
+    def ahead(self, row: int) -> int:
+        """Tokens that a row has in common with the next one of its queue; 0 for one that is queued by length."""
+        return 0 if self._ahead is None else int(self._ahead[row])
+
+    def keep_nothing(self) -> None:
+        """From now on no batch keeps a beginning for the next: memory does not allow it."""
+        self._ahead = None
+
+    @property
+    def reads_beginnings(self) -> bool:
+        """Whether states of other tokens than the last are asked for."""
+        return self.spec.pooling != "last" or self.spec.positions is not None
+
+    def first_wanted(self, row: int, *, pooled: bool) -> int:
+        """The first token of a row that its pass must compute: one that is scored, or (with `pooled`) pooled."""
+        wanted = int(self._sequence_starts[row % self.sequences + 1] - self._sequence_starts[row % self.sequences])
+        if self.questions is not None:
+            positions = self.questions.targets(row % self.sequences)[1]
+            wanted = int(positions.min(initial=wanted))
+        number = self.carried(row)
+        if pooled and number is not None:
+            wanted = int(self.kept_tokens(number).min(initial=wanted))
+        return wanted
 
     def carried(self, row: int) -> int | None:
         """The input whose states come from a row, if any do."""
@@ -226,6 +306,24 @@ class Extraction:
         assert number is not None
         targets = self._targets
         return int(variant * targets[-1] + targets[number])
+
+    def vectors(self, number: int) -> int:
+        """How many vectors of the result an input has."""
+        return int(self._targets[number + 1] - self._targets[number])
+
+    @property
+    def complete(self) -> bool:
+        """Whether nothing is left to compute; equal rows may still have to be filled."""
+        return self.done_rows == self.total_rows and not self.answering
+
+    def computed(self, rows: Sequence[int]) -> None:
+        """A batch with these rows is over."""
+        if self._reuse is not None:
+            self._reuse.computed(rows)
+
+    def fill_step(self) -> bool:
+        """Of a complete one: fill some more rows that equal others; True when there are none left."""
+        return self._reuse is None or self._reuse.fill_step()
 
     def compare(self, rows: Sequence[int]) -> None:
         """Note how far these rows, which carry states and are written, are from those of the first variant."""
@@ -319,6 +417,7 @@ class Extraction:
         assert self._file is not None
         file = self._file
         changes, self._changes = self._changes, None
+        reuse, self._reuse = self._reuse, None
         del self.states
         file.close()
         choices = None if self.questions is None else self.questions.write(self._scratch_dir)
@@ -338,13 +437,15 @@ class Extraction:
             },
             provenance=self.provenance(),
             relative_change=None if changes is None else changes.relative_change(),
+            change=None if changes is None else changes.to_wire(),
+            cache={"hits": reuse.hits, "duplicates": reuse.duplicates} if reuse else {"hits": 0, "duplicates": 0},
             choices=choices,
         )
 
     def discard(self) -> None:
         """Stop: no more rows, no file."""
         self.queues.clear()
-        self._changes = self.generation = None
+        self._changes = self.generation = self._reuse = None
         if hasattr(self, "states"):
             del self.states
         if self._file is not None:

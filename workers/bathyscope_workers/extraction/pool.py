@@ -7,6 +7,7 @@ the mapped file on CPU, in one copy a batch from a GPU.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,14 +17,17 @@ from numpy.typing import NDArray
 if TYPE_CHECKING:
     from bathyscope_workers.extraction.extraction import Extraction
 
+Where = Callable[[int, NDArray[np.int64]], NDArray[np.int64]]
+"""Of a place in a batch and positions in the row there, where these tokens are in the flattened states."""
+
 _HELD_BYTES = 64 * 2**20
 """Pooled states kept on a GPU before they are copied; above it each layer is copied at once."""
 
 
 class BatchPart:
-    """Rows of one extraction at these places of a batch `seq` tokens wide; those that carry no input's states apart."""
+    """Rows of one extraction at these places of a batch; those that carry no input's states apart."""
 
-    def __init__(self, extraction: Extraction, rows: list[int], places: list[int], seq: int) -> None:
+    def __init__(self, extraction: Extraction, rows: list[int], places: list[int], where: Where) -> None:
         self.extraction = extraction
         self.rows = [row for row in rows if extraction.carried(row) is not None]
         """Those that do."""
@@ -35,19 +39,19 @@ class BatchPart:
             if number is None:
                 continue
             kept = extraction.kept_tokens(number)
-            tokens.append(kept + place * seq)
+            tokens.append(where(place, kept))
             first = extraction.first_target(row)
             width = len(kept) if self._pooling == "none" else 1
             targets.append(np.arange(first, first + width, dtype=np.int64))
         self._lengths = [len(one) for one in tokens]
         nothing = [np.zeros(0, dtype=np.int64)]
-        self._index = torch.from_numpy(np.concatenate(tokens or nothing))  # into (batch * seq)
+        self._index = torch.from_numpy(np.concatenate(tokens or nothing))  # into the flattened states
         self._targets = torch.from_numpy(np.concatenate(targets or nothing))  # into the result's first axis
         self._held: dict[int, torch.Tensor] = {}
         self._held_bytes = 0
 
     def consume(self, layer: int, states: torch.Tensor) -> None:
-        """Take what is wanted of a layer's states (batch, seq, hidden)."""
+        """Take what is wanted of a layer's states (…, hidden)."""
         slot = self.extraction.slots.get(layer)
         if slot is None or not self.rows:
             return

@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from bathyscope_workers.adapters.bank import Share
+from bathyscope_workers.extraction.pool import Where
 
 if TYPE_CHECKING:
     from bathyscope_workers.extraction.extraction import Extraction
@@ -23,7 +24,7 @@ class _Wanted:
 
     variant: int
     index: torch.Tensor
-    """(states,) into (batch * seq): the states after which something is scored, each once."""
+    """(states,) into the flattened states: those after which something is scored, each once."""
     which: NDArray[np.int64]
     """(targets,) of each scored token the state before it, rising."""
     tokens: NDArray[np.int64]
@@ -35,9 +36,9 @@ class _Wanted:
 
 
 class ScorePart:
-    """Rows of one extraction with questions, at these places of a batch `seq` tokens wide."""
+    """Rows of one extraction with questions, at these places of a batch."""
 
-    def __init__(self, extraction: Extraction, rows: Sequence[int], places: Sequence[int], seq: int) -> None:
+    def __init__(self, extraction: Extraction, rows: Sequence[int], places: Sequence[int], where: Where) -> None:
         assert extraction.questions is not None
         self._extraction = extraction
         self._questions = extraction.questions
@@ -47,7 +48,7 @@ class ScorePart:
             variant, sequence = divmod(row, extraction.sequences)
             numbers, positions, tokens = self._questions.targets(sequence)
             if len(numbers):
-                found.setdefault(variant, []).append((numbers, positions + place * seq, tokens))
+                found.setdefault(variant, []).append((numbers, where(place, positions), tokens))
         self._wanted: list[_Wanted] = []
         for variant, parts in found.items():
             numbers, places_in_batch, tokens = (np.concatenate(column) for column in zip(*parts, strict=True))
@@ -61,7 +62,7 @@ class ScorePart:
         return not self._wanted
 
     def consume(self, layer: int, states: torch.Tensor) -> None:
-        """Take the states (batch, seq, hidden) after the final norm where they are wanted."""
+        """Take the states (…, hidden) after the final norm where they are wanted."""
         if layer == self._layer:
             flat = states.reshape(-1, states.shape[-1])
             for one in self._wanted:

@@ -7,41 +7,23 @@ belong to the file, so a large result takes no anonymous memory.
 
 from __future__ import annotations
 
-import json
 import math
 import mmap
 import os
-import struct
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from bathyscope_workers.disk import no_room_for
+from bathyscope_workers.extraction.file_layout import lay_out, reserve
 
-_DTYPES: dict[str, tuple[str, torch.dtype, int]] = {
-    "int64": ("I64", torch.int64, 8),
-    "float32": ("F32", torch.float32, 4),
-    "float16": ("F16", torch.float16, 2),
-    "bfloat16": ("BF16", torch.bfloat16, 2),
+_DTYPES = {
+    "int64": torch.int64,
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
 }
-
-
-@dataclass(frozen=True, slots=True)
-class TensorPlace:
-    """Where a tensor lies in the file."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    offset: int
-    """Bytes from the start of the file."""
-    nbytes: int
-
-    def to_wire(self) -> dict[str, Any]:
-        """A JSON object."""
-        return {"dtype": self.dtype, "shape": list(self.shape), "offset": self.offset, "bytes": self.nbytes}
 
 
 class ScratchFile:
@@ -51,26 +33,12 @@ class ScratchFile:
         self, path: Path, tensors: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str]
     ) -> None:
         self.path = path
-        self.places: dict[str, TensorPlace] = {}
-        header: dict[str, Any] = {"__metadata__": dict(metadata)}
-        position = 0
-        for name, (dtype, shape) in tensors.items():
-            code, _, width = _DTYPES[dtype]
-            end = position + width * math.prod(shape)
-            header[name] = {"dtype": code, "shape": list(shape), "data_offsets": [position, end]}
-            self.places[name] = TensorPlace(dtype, shape, position, end - position)
-            position = end
-        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
-        text += b" " * (-(8 + len(text)) % 64)  # tensors start aligned
-        self.header_bytes = 8 + len(text)
-        self.places = {
-            name: TensorPlace(place.dtype, place.shape, place.offset + self.header_bytes, place.nbytes)
-            for name, place in self.places.items()
-        }
-        self.nbytes = self.header_bytes + position
+        header, self.places = lay_out(tensors, metadata)
+        self.header_bytes = len(header)
+        self.nbytes = self.header_bytes + sum(place.nbytes for place in self.places.values())
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
-            _reserve(descriptor, self.nbytes)
+            reserve(descriptor, self.nbytes)
             self._map: mmap.mmap | None = mmap.mmap(descriptor, self.nbytes)
         except OSError as error:
             path.unlink(missing_ok=True)
@@ -80,16 +48,16 @@ class ScratchFile:
             raise
         finally:
             os.close(descriptor)
-        self._map[: self.header_bytes] = struct.pack("<Q", len(text)) + text
+        self._map[: self.header_bytes] = header
 
     def tensor(self, name: str) -> torch.Tensor:
         """The tensor itself: writing to it writes the file."""
         place = self.places[name]
         assert self._map is not None
         if not place.nbytes:
-            return torch.zeros(place.shape, dtype=_DTYPES[place.dtype][1])
+            return torch.zeros(place.shape, dtype=_DTYPES[place.dtype])
         flat = torch.frombuffer(
-            self._map, dtype=_DTYPES[place.dtype][1], count=math.prod(place.shape), offset=place.offset
+            self._map, dtype=_DTYPES[place.dtype], count=math.prod(place.shape), offset=place.offset
         )
         return flat.view(place.shape)
 
@@ -102,10 +70,3 @@ class ScratchFile:
         """Remove the file."""
         self.close()
         self.path.unlink(missing_ok=True)
-
-
-def _reserve(descriptor: int, size: int) -> None:
-    if hasattr(os, "posix_fallocate"):
-        os.posix_fallocate(descriptor, 0, size)
-    else:
-        os.ftruncate(descriptor, size)

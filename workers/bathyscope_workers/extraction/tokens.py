@@ -128,7 +128,11 @@ class Prepared:
 class InputReader:
     """Turns wire inputs into token ids, collecting what is wrong with them."""
 
-    def __init__(self, resident: Resident, spec: ExtractionSpec, renderer: ChatRenderer) -> None:
+    def __init__(
+        self, resident: Resident, spec: ExtractionSpec, renderer: ChatRenderer, *, first_input: int = 0
+    ) -> None:
+        """`first_input`: where the inputs begin in the request's, which is what faults are told in."""
+        self.first_input = first_input
         self._resident = resident
         self._spec = spec
         self._renderer = renderer
@@ -175,7 +179,7 @@ class InputReader:
 
     def fault(self, index: int, detail: str, *, within: str = "") -> None:
         """Note what is wrong with an input, or with what the pointer `within` it names."""
-        self.faults.append({"pointer": f"/inputs/{index}{within}", "detail": detail})
+        self.faults.append({"pointer": f"/inputs/{self.first_input + index}{within}", "detail": detail})
 
     def _prepare(self, index: int, item: Any) -> Prepared:
         if isinstance(item, dict) and isinstance(item.get("prompt"), str):

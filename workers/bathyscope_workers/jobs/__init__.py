@@ -1,11 +1,12 @@
 """What a worker does for each kind of job: the supervisor's side of it, one module a kind."""
 
-from bathyscope_workers.jobs._base import Existing, Handover, JobKind, JobWork, adapter_cache
+from bathyscope_workers.jobs._base import Existing, Handover, JobKind, JobWork, ShardResult, adapter_cache
 from bathyscope_workers.jobs.adapter import AdapterJob
 from bathyscope_workers.jobs.extraction import ExtractionJob
 from bathyscope_workers.jobs.model import ModelJob
 from bathyscope_workers.jobs.prediction import PredictionJob
 from bathyscope_workers.jobs.probe import ProbeJob
+from bathyscope_workers.jobs.shard import ShardJob
 
 KINDS: dict[str, JobKind] = {
     "adapter": AdapterJob(),
@@ -13,7 +14,18 @@ KINDS: dict[str, JobKind] = {
     "model": ModelJob(),
     "prediction": PredictionJob(),
     "probe": ProbeJob(),
+    "shard": ShardJob(),
 }
 """By the job's kind."""
 
-__all__ = ["KINDS", "AdapterJob", "Existing", "Handover", "JobKind", "JobWork", "ModelJob", "adapter_cache"]
+__all__ = [
+    "KINDS",
+    "AdapterJob",
+    "Existing",
+    "Handover",
+    "JobKind",
+    "JobWork",
+    "ModelJob",
+    "ShardResult",
+    "adapter_cache",
+]

@@ -11,7 +11,7 @@ from weakref import WeakKeyDictionary
 import orjson
 
 from bathyscope.errors import Expired, InternalError
-from bathyscope_backplane.artifacts import Blob, Blobs, Resource
+from bathyscope_backplane.artifacts import ArtifactStore, Blob, Blobs, Resource
 from bathyscope_backplane.broker import Lease
 from bathyscope_backplane.plane import Backplane
 from bathyscope_backplane.times import rfc3339
@@ -40,6 +40,28 @@ class Existing:
     """What the job was to make is there already."""
 
     path: str
+
+
+@dataclass(frozen=True, slots=True)
+class ShardResult:
+    """What an attempt at a shard made: in the store, and not committed."""
+
+    document: str
+    """Key of the document."""
+
+    content: bytes
+    keys: tuple[str, ...]
+    """Its files."""
+
+    async def commit(self, store: ArtifactStore) -> None:
+        """Make it the shard's, unless another attempt was first."""
+        if not await store.commit(self.document, self.content) and await store.get(self.document) != self.content:
+            await self.drop(store)
+
+    async def drop(self, store: ArtifactStore) -> None:
+        """Remove the files."""
+        for key in self.keys:
+            await store.delete(key)
 
 
 class Undecided(Exception):
@@ -103,8 +125,8 @@ class JobWork:
         key = self.payload.get("rows_key")
         if key is None:
             return None
-        path = self.scratch / "rows.jsonl"
-        await self.plane.store.download(key, path)
+        path, shard = self.scratch / "rows.jsonl", self.lease.shard
+        await self.plane.store.download(key, path, span=(shard.start, shard.end) if shard is not None else None)
         return str(path)
 
     async def rows(self) -> list[Any]:
@@ -140,7 +162,7 @@ class JobWork:
         """The engine's `run` command for this job; `rest` are further members of `RunJob`."""
         job = RunJob(
             id=self.lease.job_id,
-            kind=self.lease.kind,
+            kind="extraction" if self.lease.shard is not None else self.lease.kind,
             lane=self.lease.lane,
             owner=self.lease.owner,
             priority=self.lease.priority,
@@ -205,6 +227,8 @@ class JobKind(Protocol):
         """What to send to the engine. Raises problems for what cannot be done."""
         ...
 
-    async def conclude(self, work: JobWork, event: dict[str, Any]) -> Resource | Handover | Existing | None:
+    async def conclude(
+        self, work: JobWork, event: dict[str, Any]
+    ) -> Resource | Handover | Existing | ShardResult | None:
         """Make the resource of the engine's `done` event: its blobs are uploaded, it is not committed."""
         ...

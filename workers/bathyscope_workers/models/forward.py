@@ -23,6 +23,8 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from bathyscope_workers.models.past import Tree, TreeCache
+
 Consume = Callable[[int, torch.Tensor], None]
 """Called with a layer number and its states (batch, seq, hidden), which it must copy from, not keep."""
 
@@ -102,6 +104,21 @@ class Forward:
                 states = self.inner(**arguments, output_hidden_states=True).hidden_states
                 for layer in sorted(layers):
                     consume(layer, states[layer])
+
+    def branches(self, tree: Tree, layers: Collection[int], consume: Consume) -> TreeCache:
+        """Run a tree as `__call__` runs texts, through hooks; the states of its lanes are (lanes, width, hidden)."""
+        cache = TreeCache(tree, self.num_layers, self.device)
+        arguments = self._constants | {
+            "input_ids": torch.from_numpy(tree.ids).to(self.device),
+            "position_ids": torch.from_numpy(tree.positions).to(self.device),
+            "past_key_values": cache,
+            "use_cache": True,
+        }
+        if tree.mask is not None:
+            arguments["attention_mask"] = torch.from_numpy(tree.mask).to(self.device)
+        with torch.inference_mode():
+            self._with_hooks(arguments, layers, consume)
+        return cache
 
     def pad(self, rows: list[NDArray[np.int32]]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Rows of token ids as one right-padded array (batch, seq) and their lengths (batch,)."""

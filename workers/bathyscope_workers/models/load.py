@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from bathyscope import errors
 from bathyscope_workers.models import selftest
 from bathyscope_workers.models.device import Device, fraction_quantized, is_device_fault, is_out_of_memory, weight_bytes
 from bathyscope_workers.models.forward import Forward, Style, styles
+from bathyscope_workers.models.past import may_branch
 from bathyscope_workers.models.resident import Resident, ResidentFacts
 from bathyscope_workers.models.source import LoadFault, Source, failed, locate, weight_sizes
 from bathyscope_workers.models.spec import ModelSpec
@@ -73,8 +75,8 @@ def load_resident(
 ) -> Resident:
     """Load, measure and self-test a model.
 
-    `source` is what `locate(spec)` gave. `room_bytes` bounds the unquantized model that is loaded for a moment
-    to compare a quantized one with; None asks the device. Raises LoadFault, which carries the problem to tell
+    `source` is what `locate(spec)` gave. `room_bytes` bounds the unquantized model, or that in float32, which is loaded
+    for a moment to compare this one with; None asks the device. Raises LoadFault, which carries the problem to tell
     (`model-load-failed`, or `out-of-memory`); any other exception is a fault of the device.
     """
     quiet_libraries()
@@ -84,7 +86,7 @@ def load_resident(
     try:
         config, tokenizer = _read_config(spec, source), _read_tokenizer(source)
         tick()
-        against = _unquantized_states(spec, source, config, tokenizer, device, tick, room_bytes)
+        against = _exacter_states(spec, source, config, tokenizer, device, tick, room_bytes)
         before = device.used_bytes()
         model = _read_model(spec, source, config, device)
         tick()
@@ -224,10 +226,15 @@ def _resident(
         # LLM.int8 picks its outlier columns over the whole batch.
         style = Style(style.capture, mask=style.mask, alone=True)
         test.comparison = selftest.compare(selftest.run(forward, rows, style), expected)
+    branching = test.passed and _branches(spec, model, forward, rows, style, tick)
     if spec.quantization == "none":
         _references(spec, source, rows).save(selftest.last_tokens(expected))
-    elif against is not None:
-        test.against_unquantized = selftest.compare(selftest.last_tokens(expected), against)
+    if against is not None:
+        comparison = selftest.compare(selftest.last_tokens(expected), against)
+        if spec.quantization == "none":
+            test.against_float32 = comparison
+        else:
+            test.against_unquantized = comparison
     facts = ResidentFacts(
         num_layers=forward.num_layers,
         hidden_size=int(config.get_text_config().hidden_size),
@@ -257,6 +264,7 @@ def _resident(
         batched_style=batched_style,
         self_test=test,
         facts=facts,
+        branching=branching,
     )
     facts.has_chat_template = resident.chat_template is not None
     return resident
@@ -285,15 +293,41 @@ def _choose_style(
     return chosen[0], selftest.SelfTest(len(rows), chosen[1], passed=False)
 
 
-def _unquantized_states(
+def _branches(spec: ModelSpec, model: Any, forward: Forward, rows: list[Any], style: Style, tick: Tick) -> bool:
+    """Whether texts that begin alike have the states they have alone when they run as a tree."""
+    if not forward.causal or style.alone or style.capture != "hooks" or not may_branch(model.config):
+        return False
+    texts, trunk = selftest.branches(rows)
+    if not trunk:
+        return False
+    expected = selftest.reference(model, texts, forward.device, tick)
+    tick()
+    try:
+        together, apart = selftest.run_branches(forward, texts, trunk)
+    except Exception as error:  # an architecture that takes no positions, masks or caches of this kind
+        if is_device_fault(error) or is_out_of_memory(error):
+            raise
+        log.info("%s: no beginnings are shared: %s", spec.key, error)
+        return False
+    for found, wanted in ((together, expected), (apart, [one[trunk:] for one in expected])):
+        comparison = selftest.compare(found, wanted)
+        if not selftest.passes(comparison, compute_dtype=spec.compute_dtype, quantized=spec.quantization != "none"):
+            log.info("%s: no beginnings are shared: error %.3g", spec.key, comparison.max_relative_error)
+            return False
+    return True
+
+
+def _exacter_states(
     spec: ModelSpec, source: Source, config: Any, tokenizer: Any, device: Device, tick: Tick, room_bytes: int | None
 ) -> selftest.States | None:
-    """States of the unquantized model, from disk or, where it fits, from loading it for a moment."""
-    if spec.quantization == "none":
+    """What this model's states are compared with: the unquantized model's, or of an unquantized one in lower precision
+    those in float32; from disk or, where it fits, from loading it for a moment."""
+    if spec.quantization != "none":
+        plain = replace(spec, quantization="none")
+    elif spec.compute_dtype != "float32":
+        plain = replace(spec, compute_dtype="float32")
+    else:
         return None
-    from dataclasses import replace
-
-    plain = replace(spec, quantization="none")
     vocab_size = int(config.get_text_config().vocab_size)
     own = getattr(config.get_text_config(), "max_position_embeddings", None)
     limits = [limit for limit in (own, spec.max_length) if limit]
@@ -304,7 +338,7 @@ def _unquantized_states(
         return known
     room = device.free_bytes() * 0.8 if room_bytes is None else room_bytes
     if estimate_bytes(source.folder, plain) > room:
-        log.info("%s: the unquantized model does not fit beside what is loaded, so it is not compared", spec.key)
+        log.info("%s: %s does not fit beside what is loaded, so it is not compared", spec.key, plain.key)
         return None
     model = _read_model(plain, source, config, device)
     tick()

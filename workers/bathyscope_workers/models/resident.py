@@ -9,6 +9,7 @@ from typing import Any
 from bathyscope_workers.adapters.attached import Adapters
 from bathyscope_workers.models.forward import Forward, Style
 from bathyscope_workers.models.head import Head
+from bathyscope_workers.models.past import Kept
 from bathyscope_workers.models.selftest import SelfTest
 from bathyscope_workers.models.spec import ModelSpec
 
@@ -66,6 +67,7 @@ class Resident:
         batched_style: Style,
         self_test: SelfTest,
         facts: ResidentFacts,
+        branching: bool = False,
     ) -> None:
         self.spec = spec
         """With the compute dtype resolved; `spec.key` is the resident's key."""
@@ -79,6 +81,10 @@ class Resident:
         """For requests that say `batch_invariant: false`: the same but for 8bit models, whose texts then mix."""
         self.self_test = self_test
         self.facts = facts
+        self.branching = branching
+        """Whether texts that begin alike may run as a tree: in `style`, the self-test tried it."""
+        self.kept = Kept()
+        """Beginnings that texts still to be run go on from."""
         self.token_budget: int | None = None
         """Lowered when a batch ran out of memory; None while the engine's own budget holds."""
         self.text_encoder: object | None = None

@@ -9,6 +9,8 @@ The test also chooses how the model is run (`forward.styles`): the first style t
 means an error of at most 1e-5 everywhere. In lower precision rounding alone moves single tokens further (and
 in a mixture of experts may send one to another expert), while a wrong mask or position moves them all, so there
 the median over tokens decides and the maximum is published as the bound.
+
+Texts that begin alike may then run as a tree (`models.past`), if one made of the same texts passes by the same measure.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import re
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +31,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from bathyscope_workers.models.forward import Forward, Style
+from bathyscope_workers.models.past import Past
+from bathyscope_workers.models.tree import LANE_TOKENS, lay
 
 TEXTS: tuple[str, ...] = (
     "The",
@@ -41,7 +46,7 @@ TEXTS: tuple[str, ...] = (
 MAX_TOKENS = 64
 """Of each text, so that the test costs the same on every model."""
 _KEPT_TOKENS = 16
-"""Last tokens of each text that are compared with the unquantized model."""
+"""Last tokens of each text that are compared with the unquantized model's, or with float32."""
 
 FLOAT32_TOLERANCE = 1e-5
 _MEDIAN_TOLERANCE = {"float16": 0.02, "bfloat16": 0.05}
@@ -85,14 +90,16 @@ class SelfTest:
     comparison: Comparison
     passed: bool
     against_unquantized: Comparison | None = None
+    against_float32: Comparison | None = None
 
     def to_wire(self) -> dict[str, Any]:
         """The `self_test` of `/v1/models`."""
-        against = self.against_unquantized
+        against, rounded = self.against_unquantized, self.against_float32
         return {
             "texts": self.texts,
             **self.comparison.to_wire(),
             "against_unquantized": None if against is None else against.to_wire(),
+            "against_float32": None if rounded is None else rounded.to_wire(),
             "passed": self.passed,
         }
 
@@ -148,6 +155,54 @@ def run(forward: Forward, rows: list[NDArray[np.int32]], style: Style) -> States
     return found
 
 
+def branches(rows: list[NDArray[np.int32]]) -> tuple[list[NDArray[np.int32]], int]:
+    """Texts that all begin with half of the longest one, and how many tokens that is; none where it is too short."""
+    longest = max(rows, key=len)
+    trunk = longest[: len(longest) // 2].tolist()
+    found = sorted({(*trunk, *row.tolist())[: len(longest)] for row in rows})
+    return [np.array(one, dtype=np.int32) for one in found], len(trunk) if len(found) > 1 else 0
+
+
+def run_branches(forward: Forward, rows: list[NDArray[np.int32]], trunk: int) -> tuple[States, States]:
+    """Texts that begin with the same `trunk` tokens as a tree; and behind a kept trunk, each in a lane of its own."""
+    together: States = []
+    apart: States = []
+
+    def collect(found: States, past: Past | None, top: int) -> Past:
+        reused = 0 if past is None else trunk
+        laid = lay(
+            rows,
+            [0, *(_common(one, other) for one, other in pairwise(rows))],
+            [reused] * len(rows),
+            past,
+            pad_id=forward.pad_id,
+            keep=(0, trunk),
+            lane_tokens=LANE_TOKENS if past is None else 1,
+        )
+
+        def consume(layer: int, states: torch.Tensor) -> None:
+            flat = states.reshape(-1, states.shape[-1])
+            if not found:
+                shape = (forward.num_layers + 1, flat.shape[-1])
+                found.extend(flat.new_full((len(row) - reused, *shape), torch.nan) for row in rows)
+            for place, path in enumerate(laid.paths):
+                found[place][:, layer] = flat[torch.from_numpy(path[reused:]).to(flat.device)].to(found[place].device)
+
+        return forward.branches(laid.tree, range(top + 1), consume).kept(rows[0][:trunk], {})
+
+    past = collect(together, None, forward.num_layers)
+    # As in `run`: a wrong early stop must show.
+    collect(together, None, forward.num_layers // 2)
+    collect(apart, past, forward.num_layers)
+    collect(apart, past, forward.num_layers // 2)
+    return together, apart
+
+
+def _common(first: NDArray[np.int32], second: NDArray[np.int32]) -> int:
+    most = min(len(first), len(second))
+    return int(np.append(first[:most] == second[:most], False).argmin())
+
+
 def compare(states: States, expected: States) -> Comparison:
     """Per layer over the tokens of all texts: smallest cosine, largest relative error."""
     got = torch.cat(states).float()  # (tokens, layers, hidden)
@@ -178,7 +233,7 @@ def last_tokens(states: States) -> States:
 
 
 class ReferenceStates:
-    """The unquantized model's states, kept on disk so that it need not be loaded for every quantized load."""
+    """An unquantized model's states, kept on disk so that it need not be loaded for every one compared with it."""
 
     def __init__(
         self, data_dir: str, *, name: str, revision: str, compute_dtype: str, rows: list[NDArray[np.int32]]

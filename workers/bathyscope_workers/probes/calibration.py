@@ -34,6 +34,9 @@ _LOG_TEMPERATURES = (-7.0, 7.0)
 """Between a thousandth and a thousand times the spread of the scores: beyond lies a probe that separates its rows, or
 one that says nothing."""
 
+_FLAT = 1e-9
+"""Nats: where an end of the range is as good as this, the likelihood has no peak within it."""
+
 
 @dataclass(frozen=True)
 class Calibrator:
@@ -47,6 +50,9 @@ class Calibrator:
 
     rows: int
     """Rows it was fitted on."""
+
+    at_bound: bool = False
+    """A temperature's search ended at an end of its range: the likelihood goes on rising beyond."""
 
     def apply(self, scores: Floats) -> Floats:
         """Probabilities (rows, classes) of log-odds (rows,) or of one score a class (rows, classes)."""
@@ -81,7 +87,8 @@ def check_calibration(method: str, task: str) -> str:
 def fit_calibrator(method: str, scores: Floats, y: Codes) -> Calibrator:
     """Fit to `scores` (rows,) | (rows, classes) of rows that the probe behind them did not see, and codes `y`."""
     if method == "temperature":
-        return Calibrator("temperature", {"temperature": np.array([_temperature(scores, y)])}, len(y))
+        temperature, at_bound = _temperature(scores, y)
+        return Calibrator("temperature", {"temperature": np.array([temperature])}, len(y), at_bound)
     columns = one_against_rest(scores)
     positives = [y == 1] if columns.shape[1] == 1 else [y == k for k in range(columns.shape[1])]
     if method == "platt":
@@ -100,8 +107,11 @@ def fit_calibrator(method: str, scores: Floats, y: Codes) -> Calibrator:
     return Calibrator("isotonic", arrays, len(y))
 
 
-def _temperature(scores: Floats, y: Codes) -> float:
-    """The temperature of the highest likelihood; its logarithm is searched, where the likelihood has one peak."""
+def _temperature(scores: Floats, y: Codes) -> tuple[float, bool]:
+    """The temperature of the highest likelihood, and whether it is an end of the range.
+
+    Its logarithm is searched, where the likelihood has one peak.
+    """
     rows = np.arange(len(y))
     pair = np.stack([-scores / 2, scores / 2], axis=1) if scores.ndim == 1 else scores
     shifted = pair - pair.max(axis=1, keepdims=True)
@@ -113,7 +123,8 @@ def _temperature(scores: Floats, y: Codes) -> float:
         return float(np.mean(np.log(np.exp(divided).sum(axis=1)) - divided[rows, y]))
 
     found = minimize_scalar(loss, bounds=_LOG_TEMPERATURES, method="bounded", options={"xatol": 1e-8})
-    return float(np.exp(found.x)) * spread
+    at_bound = min(loss(end) for end in _LOG_TEMPERATURES) - found.fun < _FLAT
+    return float(np.exp(found.x)) * spread, bool(at_bound)
 
 
 def _platt(values: Floats, positive: Codes) -> tuple[float, float]:

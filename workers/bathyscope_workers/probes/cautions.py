@@ -105,13 +105,18 @@ def about_layers(held_out: Scores, layers: Mapping[int, Scores], *, task: str) -
     ]
 
 
-def about_calibration(method: str, before: Scores, after: Scores, rows: int) -> list[str]:
-    """Of a calibrator that did not help, or had too little to learn from (`rows`)."""
+def about_calibration(method: str, before: Scores, after: Scores, rows: int, *, at_bound: bool = False) -> list[str]:
+    """Of a calibrator that did not help, had too little to learn from (`rows`), or ended at the end of its range."""
     found = []
     one, other = before["ece"].value, after["ece"].value
     if one is not None and other is not None and other > one:
         found.append(
             f"Calibration ({method}) did not help: the held-out ECE is {other:.3f} with it and {one:.3f} without."
+        )
+    if at_bound:
+        found.append(
+            "The temperature ended at the end of its range: the scores of the rows it was fitted on put them all in "
+            "order, or say nothing of them. Its probabilities mean little; platt may do better, or more rows."
         )
     if method == "isotonic" and rows < FEW_FOR_ISOTONIC:
         found.append(

@@ -2,7 +2,8 @@
 
 A probe that could learn any labels says little about the states. In a control task every *type* has a label of its
 own that was drawn at random, from the labels' own distribution, and the same estimator learns it from the same
-layer. There is nothing to find but who is who. Selectivity is the probe's accuracy minus the control's.
+layer. There is nothing to find but who is who. Selectivity is the probe's accuracy minus the control's; balanced here,
+since of uneven classes both would mostly be the share of the commonest one.
 
 Types are what folds keep together: groups, repeated inputs, nearly equal inputs. Memorising types pays only where a
 type is on both sides, as words are in the paper. So the folds of the control task are dealt row by row, while those of
@@ -23,7 +24,7 @@ from bathyscope_workers.probes import regression
 from bathyscope_workers.probes.crossval import Plan, fit_sets
 from bathyscope_workers.probes.estimators import Estimator
 from bathyscope_workers.probes.estimators._base import Floats
-from bathyscope_workers.probes.metrics import Statistic, figure
+from bathyscope_workers.probes.metrics import Statistic, balanced_accuracy, figure
 
 DRAWS = 5
 """Control tasks that are drawn and averaged."""
@@ -82,9 +83,9 @@ def selectivity(
     clusters = plan.folds.clusters
     return {
         "layer": layer,
-        "metric": "accuracy" if plan.classes else "r2",
+        "metric": "balanced_accuracy" if plan.classes else "r2",
         **figures,
-        "chance": float(np.bincount(y[held]).max() / len(held)) if plan.classes else 0.0,
+        "chance": 1.0 / plan.classes if plan.classes else 0.0,
         "training": float(np.mean(training)),
         "types": int(clusters.max()) + 1,
         "recurring": int(np.sum(np.bincount(clusters)[clusters] > 1)),
@@ -111,8 +112,7 @@ def _draw(plan: Plan, rng: np.random.Generator) -> tuple[NDArray[Any], NDArray[n
 def _statistic(plan: Plan, y: NDArray[Any], predicted: Floats) -> Statistic:
     if not plan.classes:
         return regression.r2(y, predicted)
-    right = (np.argmax(predicted, axis=1) == y).astype(np.float64)
-    return lambda weights: weights @ right / weights.sum(axis=1)
+    return balanced_accuracy(y, predicted)
 
 
 def _value(statistic: Statistic, rows: int) -> float:

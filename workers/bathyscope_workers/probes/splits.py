@@ -127,7 +127,7 @@ def make_folds(
         return Folds("given", assignment, clusters, count, seed, tuple(notes))
     kind = _kind(split, groups is not None)
     pointer = "/labels" if groups is None else "/groups"
-    check_folds(targets, clusters, folds, pointer)
+    check_folds(targets, clusters, folds, pointer, every_class=kind != "random")
     strata = _strata(targets, folds)
     for attempt in range(_ORDERS):
         rng = np.random.default_rng([seed, attempt])

@@ -180,7 +180,13 @@ def _warnings(found: Findings, counts: list[int], confidence: dict[str, Any] | N
         found.held_out, {number: result.scores for number, result in found.layers.items()}, task=task
     )
     if found.uncalibrated is not None and found.calibrator is not None:
-        said += cautions.about_calibration(plan.calibration, found.uncalibrated, found.held_out, found.calibrator.rows)
+        said += cautions.about_calibration(
+            plan.calibration,
+            found.uncalibrated,
+            found.held_out,
+            found.calibrator.rows,
+            at_bound=found.calibrator.at_bound,
+        )
     if found.selectivity is not None:
         said += cautions.about_selectivity(found.selectivity)
     unconverged = [number for number, result in found.layers.items() if not result.converged]

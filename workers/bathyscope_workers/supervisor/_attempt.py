@@ -21,7 +21,7 @@ from bathyscope_backplane.plane import Backplane
 from bathyscope_backplane.tracing import NOTHING, Span
 from bathyscope_backplane.vault import Credentials
 from bathyscope_workers.disk import out_of_space
-from bathyscope_workers.jobs import AdapterJob, Existing, Handover, JobKind, JobWork
+from bathyscope_workers.jobs import AdapterJob, Existing, Handover, JobKind, JobWork, ShardResult, shard
 from bathyscope_workers.jobs._base import Undecided
 from bathyscope_workers.models.spec import ModelSpec
 from bathyscope_workers.supervisor._meter import trace_stages
@@ -102,9 +102,13 @@ class Attempt:
             await self._settle("succeeded", lambda: broker.finish(ref, resource=resource, timings=self._timings()))
             if self.ended != "succeeded":
                 await self._withdraw()
+                await self.discard_if_ended()
                 return
             _log.info("job.succeeded", kind=self.lease.kind)
-            await self._drop_rows()
+            if self._split:
+                await self._clear_split()
+            elif self.lease.shard is None:
+                await self._drop_rows()
         except (EngineGone, LostLease):
             raise
         except asyncio.CancelledError:
@@ -173,7 +177,11 @@ class Attempt:
     async def _work(self) -> str | None:
         """The path of what was made."""
         lease = self.lease
-        if lease.resource_id is not None and (lease.attempt > 1 or lease.solo):
+        again = lease.attempt > 1 or lease.solo
+        if again and lease.shard is not None:
+            if await shard.is_done(self.plane.store, lease):
+                return None
+        elif again and lease.resource_id is not None:
             # An earlier attempt may have got as far as the commit and died before it said so.
             committed = await self.plane.catalogue.committed(lease.resource_id)
             if committed is not None:
@@ -182,14 +190,20 @@ class Attempt:
         payload = orjson.loads(lease.payload)
         work = self._job = JobWork(self.plane, lease, payload, self.scratch, self.resident, self._credentials())
         self.scratch.mkdir()
-        commands = await self.kind.commands(work)
-        if self.cancelled:
-            raise _Stopped
-        if not self.outcome.done():  # else the engine died or the lease went while this was prepared
-            self.sent = True
-            for command in commands:
-                self.send(command)
-        event = await self.outcome
+        if self._split and lease.shard is None:
+            if not self.outcome.done():
+                self.outcome.set_result({"ev": "done"})  # no engine has a part in it: its end is none of the job's
+            with self.span.child("join"):
+                event = await shard.join(work, self._check)
+        else:
+            commands = await self.kind.commands(work)
+            if self.cancelled:
+                raise _Stopped
+            if not self.outcome.done():  # else the engine died or the lease went while this was prepared
+                self.sent = True
+                for command in commands:
+                    self.send(command)
+            event = await self.outcome
         if self.cancelled:
             raise _Stopped
         if event["ev"] == "cancelled":  # nobody asked for it: the engine is ending
@@ -223,6 +237,14 @@ class Attempt:
         if isinstance(resource, Handover):
             await self._hand_over(resource)
             raise LostLease(lease.job_id)
+        if isinstance(resource, ShardResult):
+            try:
+                await self._require_lease()
+            except (LostLease, _Stopped):
+                await resource.drop(self.plane.store)
+                raise
+            await self._patiently(lambda: resource.commit(self.plane.store))
+            return None
         resource.private["timings"] = self._timings()
         try:
             await self._require_lease()
@@ -253,12 +275,36 @@ class Attempt:
         Any way of giving a lease back ends a job whose owner has cancelled it, and to a renewal the lease of a job that
         has just ended is lost: so the queue is asked what became of it.
         """
+        if self._split:
+            await self._clear_split()
         if not isinstance(self.kind, AdapterJob) or self._job is None:
             return
         with contextlib.suppress(Unavailable):  # the sweep removes it later
             record = await self.plane.broker.get(self.lease.job_id)
             if record is not None and record.ended and record.status != "succeeded" and not record.dead_letter:
                 await self.kind.discard(self._job)
+
+    @property
+    def _split(self) -> bool:
+        """Whether this is a shard, or the joining of shards."""
+        return bool(orjson.loads(self.lease.payload).get("shards"))
+
+    async def _clear_split(self) -> None:
+        """Remove what a split job needed when it has ended for good; one that may be replayed needs it again.
+
+        Every attempt at a part of it looks, for another that ended it may not have seen what this one left.
+        """
+        with contextlib.suppress(Unavailable):  # the sweep removes it later
+            record = await self.plane.broker.get(self.lease.whole_id)
+            if record is None or (record.ended and not record.dead_letter):
+                await shard.clear(self.plane.store, self.lease, orjson.loads(self.lease.payload))
+
+    def _check(self) -> None:
+        """Raise when the lease is gone or the job's owner cancelled it."""
+        if self.lost:
+            raise LostLease(self.lease.job_id)
+        if self.cancelled:
+            raise _Stopped
 
     def _credentials(self) -> Credentials:
         """What the request gave. Raises `CredentialUnreadable`: another worker may have the right master key."""
@@ -273,7 +319,11 @@ class Attempt:
         queued = max(0.0, (self.lease.started_at - self.lease.created_at) / 1000)
         here = asyncio.get_running_loop().time() - self._started
         measured = {name: value for name, value in self._engine_timings.items() if name in ("load", "inference")}
-        return {"queue": queued, **measured, "total": queued + here}
+        if self._split and self.lease.shard is None:  # it began with the first of its shards, and is joined now
+            before = max(queued, (self.lease.enqueued_at - self.lease.created_at) / 1000)
+        else:
+            before = queued
+        return {"queue": queued, **measured, "total": before + here}
 
     async def _require_lease(self) -> None:
         """Raise unless the lease is ours: a worker that slept must not publish. Redis is asked, unless it just said so.

@@ -19,6 +19,7 @@ from prometheus_client import Counter, Gauge, Histogram
 from prometheus_client.registry import CollectorRegistry
 from structlog.contextvars import bound_contextvars
 
+from bathyscope_backplane.broker import base_lane
 from bathyscope_backplane.meters import LONG_SECONDS, OTHERS, disk_bytes, dump, folders, meter_store
 from bathyscope_backplane.plane import Backplane
 from bathyscope_backplane.tracing import Span
@@ -64,6 +65,9 @@ class Meter:
         self._tokens = counter("forward_tokens", "Tokens of texts that went through a model.", "lane")
         self._padded = counter("forward_padded_tokens", "The same with the padding of their batches.", "lane")
         self._seconds = counter("forward_seconds", "Time of forward passes.", "lane")
+        self._cache_rows = counter("cache_rows", "Rows of requests, by whether they had to be computed.", "outcome")
+        self._cache_evicted = counter("cache_evicted_rows", "Rows that made room for others.")
+        self._cache_bytes = gauge("cache_bytes", "Bytes of the cache of rows that are in use.")
         self._loads = histogram("model_load_seconds", "Time to make a model resident.")
         self._swaps = histogram("model_swap_seconds", "The same where another model was evicted for it.")
         self._load_failures = counter("model_load_failures", "Loads that failed.")
@@ -91,7 +95,7 @@ class Meter:
         tracing = self._plane.tracing
         if lease.trace is not None:
             queued = tracing.span("queue", parent=lease.trace, start=lease.enqueued_at / 1000, **names)
-            queued.end(start)
+            queued.end(max(start, lease.enqueued_at / 1000))  # a split job began before it was ready to be joined
         if lease.attempt == 1 and not lease.solo:
             self._queue.labels(lease.kind).observe(max(0.0, start - lease.created_at / 1000))
         attempt.span = tracing.span(
@@ -126,6 +130,11 @@ class Meter:
                     self._tokens.labels(lane).inc(tokens)
                     self._padded.labels(lane).inc(padded)
                     self._seconds.labels(lane).inc(seconds)
+                if (cache := event.get("cache")) is not None:
+                    for outcome, name in (("hit", "hits"), ("duplicate", "duplicates"), ("miss", "misses")):
+                        self._cache_rows.labels(outcome).inc(cache[name])
+                    self._cache_evicted.inc(cache["evicted"])
+                    self._cache_bytes.set(cache["bytes"])
             case "loaded" if "seconds" in event:
                 (self._swaps if event.get("swapped") else self._loads).observe(event["seconds"])
             case "load_failed":
@@ -151,7 +160,7 @@ class Meter:
     def samples(self, slots: Iterable[Slot]) -> list[Any]:
         """All numbers, for the heartbeat."""
         self._running.clear()
-        running = Count(attempt.lease.lane for slot in slots for attempt in slot.attempts.values())
+        running = Count(base_lane(attempt.lease.lane) for slot in slots for attempt in slot.attempts.values())
         for lane, count in running.items():
             self._running.labels(lane).set(count)
         for slot in slots:

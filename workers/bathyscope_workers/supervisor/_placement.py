@@ -11,6 +11,7 @@ from collections.abc import Collection
 from typing import Any
 
 from bathyscope.errors import ProblemError
+from bathyscope_backplane.broker import base_lane
 from bathyscope_backplane.plane import Backplane
 from bathyscope_workers.models.spec import ModelSpec
 
@@ -28,7 +29,7 @@ class Placement:
 
     def spec_of(self, lane: str) -> ModelSpec | None:
         """The model of a lane, as this worker's registry knows it; null when it is none or not offered here."""
-        head, _, rest = lane.partition(":")
+        head, _, rest = base_lane(lane).partition(":")
         name, quantization, dtype = rest.rsplit(":", 2) if rest.count(":") >= 2 else ("", "", "")
         if head != "model":
             return None

@@ -21,7 +21,7 @@ from typing import Any, Literal
 import structlog
 
 from bathyscope.errors import InternalError, Unavailable
-from bathyscope_backplane.broker import Bell, Lease, LeaseRef, ReleaseReason
+from bathyscope_backplane.broker import Bell, Lease, LeaseRef, ReleaseReason, Taken, base_lane, shards_of
 from bathyscope_backplane.plane import Backplane
 from bathyscope_backplane.registry import ModelFacts
 from bathyscope_workers.jobs import KINDS, ModelJob
@@ -89,6 +89,7 @@ class Slot:
         self._quiet_since = 0.0
         self._looked_at = 0.0
         self._last_lane = ""
+        self._took_shard = False
         self._tasks: set[asyncio.Task[None]] = set()
         self._draining = False
         self._deaths = 0
@@ -142,9 +143,13 @@ class Slot:
     async def _take_from(self, lanes: list[str], n: int) -> bool:
         if not lanes or n <= 0:
             return False
-        lease_ms = int(self._plane.settings.jobs.lease_seconds * 1000)
         asked = time.monotonic()
-        taken = await self._plane.broker.take(self._worker, lanes, n, lease_ms=lease_ms, engine_idle=not self.attempts)
+        # With one place only, others have their turn between two shards.
+        shards_last = n == 1 and self._took_shard
+        taken = await self._lease(lanes, n, shards=not shards_last)
+        if shards_last and not taken.leases and not taken.solo_waiting:
+            taken = await self._lease(lanes, n, shards=True)
+        self._took_shard = any(lease.shard is not None for lease in taken.leases)
         for lease in taken.leases:
             if lease.kind in KINDS:
                 self._start(lease, asked)
@@ -153,8 +158,29 @@ class Slot:
                 await self._plane.broker.fail(lease.ref, problem, retry=False)
         if taken.leases:
             self._quiet_since = 0.0
-            self._last_lane = taken.leases[0].lane
+            self._last_lane = base_lane(taken.leases[-1].lane)
         return bool(taken.leases)
+
+    async def _lease(self, lanes: list[str], n: int, *, shards: bool) -> Taken:
+        """Lease up to `n` jobs of a lane, with `shards` one shard among them.
+
+        Of each lane the engine has one unfinished shard at a time: with more it would be no faster, and other workers
+        could not have them.
+        """
+        held = {
+            attempt.lease.lane
+            for attempt in self.attempts.values()
+            if attempt.lease.shard is not None and not attempt.outcome.done()
+        }
+        shard_lanes = [shards_of(lane) for lane in lanes if self.kind == "model" and shards_of(lane) not in held]
+        return await self._plane.broker.take(
+            self._worker,
+            lanes,
+            n,
+            lease_ms=int(self._plane.settings.jobs.lease_seconds * 1000),
+            engine_idle=not self.attempts,
+            shard_lanes=shard_lanes if shards else [],
+        )
 
     def _waiting_to_adopt(self) -> bool:
         now = asyncio.get_running_loop().time()
@@ -272,6 +298,8 @@ class Slot:
                 attempt = self.attempts.get(event["id"])
                 if attempt is not None:
                     attempt.hear(event)
+                    if attempt.lease.shard is not None and attempt.outcome.done():
+                        self._bell.wake()  # the next one is run while this one is put into the store
 
     def _residency(self, event: dict[str, Any]) -> None:
         """A model is loaded, or is not any more."""

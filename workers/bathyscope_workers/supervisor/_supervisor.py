@@ -24,6 +24,7 @@ from bathyscope_backplane.logs import name_worker
 from bathyscope_backplane.plane import Backplane
 from bathyscope_backplane.workers import HEARTBEAT_SECONDS
 from bathyscope_workers.jobs import adapter_cache
+from bathyscope_workers.supervisor._cache import cache_arguments
 from bathyscope_workers.supervisor._engine import ENGINE_MODULE
 from bathyscope_workers.supervisor._meter import LOOK_SECONDS, Meter
 from bathyscope_workers.supervisor._slot import Slot
@@ -120,6 +121,8 @@ class Supervisor:
         ):
             if value is not None and kind == "model":
                 arguments += [option, str(value)]
+        if kind == "model":
+            arguments += cache_arguments(settings)
         return Slot(
             kind,
             self._plane,

@@ -111,8 +111,8 @@ def sweep(
         return
     done = "would be removed" if dry_run else "removed"
     typer.echo(
-        f"{swept.blobs:,} blobs, {swept.inputs:,} inputs and {swept.uploads:,} broken uploads {done}, "
-        f"{size(swept.bytes)} in all; {swept.young:,} are younger than the grace."
+        f"{swept.blobs:,} blobs, {swept.inputs:,} inputs, {swept.shards:,} files of shards and {swept.uploads:,} "
+        f"broken uploads {done}, {size(swept.bytes)} in all; {swept.young:,} are younger than the grace."
     )
     if swept.foreign:
         typer.echo(f"{swept.foreign:,} objects are not this service's and were left alone.", err=True)

@@ -24,6 +24,7 @@ from bathyscope.types.adapters import (
     Variant,
 )
 from bathyscope.types.extractions import (
+    CacheUse,
     Choices,
     ChoiceScores,
     Dtype,
@@ -67,6 +68,7 @@ __all__ = [
     "AnswerModel",
     "AuditEntry",
     "BrierDecomposition",
+    "CacheUse",
     "Calibration",
     "ChoiceScores",
     "Choices",

@@ -237,6 +237,16 @@ class Identity(AnswerModel):
     """Which tokens counted."""
 
 
+class CacheUse(AnswerModel):
+    """Rows of an extraction, an input under one variant each, that did not have to be computed."""
+
+    hits: int = 0
+    """Those whose states were kept from an earlier request of the same API key."""
+
+    duplicates: int = 0
+    """Those that have the tokens of another input of the request: of equal ones, one is computed or found."""
+
+
 class Extraction(AnswerModel):
     """Hidden states that were made. The numbers are at `links.hidden_states`."""
 
@@ -294,7 +304,10 @@ class Extraction(AnswerModel):
     """`total` tokens of all inputs, `computed` including padding, `kept` as vectors with pooling none."""
 
     cache_hits: int = 0
-    """Inputs that were not computed anew."""
+    """Rows, an input under one variant each, that were not computed anew: all of `cache`."""
+
+    cache: CacheUse = Field(default_factory=CacheUse)
+    """How they were found."""
 
     versions: dict[str, str] = Field(default_factory=dict)
     """Versions of the libraries that made the numbers."""

@@ -37,6 +37,10 @@ class SelfTest(AnswerModel):
     against_unquantized: dict[str, Any] | None = None
     """The same comparison, quantized against unquantized; null where it does not apply or did not fit."""
 
+    against_float32: dict[str, Any] | None = None
+    """The same of an unquantized model in bfloat16 or float16 against float32: what the lower precision costs; null
+    where it does not apply or did not fit."""
+
 
 class Residency(AnswerModel):
     """One variant of a model that a worker holds in memory."""

@@ -249,7 +249,7 @@ class Selectivity(AnswerModel):
     """The chosen layer."""
 
     metric: str
-    """`accuracy`, or `r2` of a regression."""
+    """`balanced_accuracy`, or `r2` of a regression."""
 
     probe: Figure
     """Of the probe at this layer, on held-out rows."""
@@ -261,7 +261,7 @@ class Selectivity(AnswerModel):
     """`probe` minus `control`."""
 
     chance: float
-    """What the control reaches without learning anything: the share of the commonest class, 0 for `r2`."""
+    """What the control reaches without learning anything: one over the number of classes, 0 for `r2`."""
 
     training: float
     """Of the control on the rows it was fitted on: how well the estimator learns by heart."""

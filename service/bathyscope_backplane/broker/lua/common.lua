@@ -1,7 +1,8 @@
 -- What the scripts share: the clock, the keys, and the moves of a job between its states.
 --
 -- Keys, all below `prefix`:
---   job:<id>            hash, the truth about one job
+--   job:<id>            hash, the truth about one job; of a shard '<id>+<number>', which is in no list and has no
+--                       events, and whose payload is that of the whole
 --   events:<id>         stream, capped; goes with the job
 --   children:<id>       set, jobs that wait for this one; gone once it has ended
 --   tomb:<id>           '<status>|<owner>', outlives the job
@@ -18,6 +19,7 @@
 --   waiting             set of jobs with unmet parents
 --   jobs, jobs:<owner>  sorted sets of ids, all of score 0: the order of ids is the order of making
 --   lane_load           hash: queued jobs of a lane; its fields are the lanes in use
+--   shards_running      hash: shards of a lane that workers hold
 --   owner_load, owner_bytes   hashes: unfinished jobs of an owner, and what their results may take
 --   inputs:<owner>:<day>   inputs that an owner asked for on a day, UTC
 --   tally, totals       hashes: jobs by status now; jobs ever ended by '<kind>|<status>', put back by '|<reason>'
@@ -32,8 +34,17 @@ local BAND = 2 ^ 50 -- a class is worth more than any sequence; both together st
 local FIELDS = {
   'status', 'state', 'kind', 'lane', 'owner', 'priority', 'worker', 'token', 'attempt', 'max_attempts',
   'group_deaths', 'solo', 'alone', 'parents', 'cancel', 'settled', 'sequence', 'expires_at', 'error',
-  'webhook', 'bytes',
+  'webhook', 'bytes', 'shards', 'rows', 'done',
 }
+
+-- The job that a shard is a part of, or nil.
+local function whole_of(id)
+  return string.match(id, '^(.+)%+%d+$')
+end
+
+local function shard_id(id, number)
+  return id .. '+' .. number
+end
 
 -- The job's hash as a table, or nil.
 local function load(id)
@@ -42,6 +53,8 @@ local function load(id)
   local job = {}
   for i, name in ipairs(FIELDS) do job[name] = values[i] end
   job.class = CLASS[job.priority]
+  job.whole = whole_of(id)
+  job.shards = tonumber(job.shards or '0')
   return job
 end
 
@@ -68,6 +81,7 @@ local function add(hash, field, by)
 end
 
 local function announce(id, kind, data, word)
+  if whole_of(id) then return end
   redis.call('XADD', prefix .. 'events:' .. id, 'MAXLEN', '~', terms.events_kept, '*', 'type', kind, 'data', data)
   redis.call('PUBLISH', prefix .. 'job', id .. ' ' .. word)
 end
@@ -121,14 +135,36 @@ local function leave_lane(job)
 end
 
 local function change_status(job, status)
-  add('tally', job.status, -1)
-  add('tally', status, 1)
+  if not job.whole then
+    add('tally', job.status, -1)
+    add('tally', status, 1)
+  end
   job.status = status
+end
+
+-- A shard comes to be held by a worker, or is not any more.
+local function count_running(job, by)
+  if job.whole then add('shards_running', job.lane, by) end
+end
+
+-- How far a shard is, in rows; what the whole shows is the sum.
+local function shard_done(id, job, done)
+  local record, by = prefix .. 'job:' .. job.whole, done - tonumber(job.done or '0')
+  local state, rows = unpack(redis.call('HMGET', record, 'state', 'rows'))
+  if by == 0 or state ~= 'split' then return end
+  write(id, 'done', done)
+  job.done = done
+  local sum = redis.call('HINCRBY', record, 'done', by)
+  local progress = cjson.encode({ stage = 'forward', done = sum, total = tonumber(rows), unit = 'inputs' })
+  write(job.whole, 'progress', progress)
+  announce(job.whole, 'progress', progress, 'progress')
 end
 
 -- From running back to queued; the caller says into which state.
 local function requeue(id, job, reason)
   redis.call('ZREM', prefix .. 'leases', id)
+  count_running(job, -1)
+  if job.whole then shard_done(id, job, 0) end
   change_status(job, 'queued')
   add('totals', '|' .. reason, 1)
   add('lane_load', job.lane, 1)
@@ -158,6 +194,14 @@ local function dependency_problem(parent, status, cause)
   problem.parent = parent
   problem.detail = detail
   return cjson.encode(problem)
+end
+
+-- Ends a shard: nothing is left but its hash, for its job may be replayed.
+local function settle_shard(id, job, status, error, extra)
+  change_status(job, status)
+  write(id, 'status', status, 'state', 'ended', 'finished_at', now, 'alone', '0', 'error', error, unpack(extra or {}))
+  if status == 'succeeded' then shard_done(id, job, tonumber(job.rows)) end
+  job.state, job.error = 'ended', error
 end
 
 local HOW = { failed = 'failed', cancelled = 'was cancelled', expired = 'was not served in time' }
@@ -201,10 +245,18 @@ local function settle(id, job, status, error, extra)
   elseif job.state == 'waiting' then
     redis.call('SREM', prefix .. 'waiting', id)
     for _, parent in ipairs(ancestors(job)) do redis.call('SREM', prefix .. 'children:' .. parent, id) end
-  else
+  elseif job.state == 'running' then
     redis.call('ZREM', prefix .. 'leases', id)
+    count_running(job, -1)
   end
-  if job.status == 'queued' then leave_lane(job) end
+  if job.state ~= 'running' then leave_lane(job) end
+  if job.whole then
+    settle_shard(id, job, status, error, extra)
+    return {}
+  end
+  for number = 0, job.shards - 1 do
+    redis.call('PEXPIRE', prefix .. 'job:' .. shard_id(id, number), terms.result_ttl_ms)
+  end
   add('owner_load', job.owner, -1)
   if job.bytes then add('owner_bytes', job.owner, -tonumber(job.bytes)) end
   change_status(job, status)
@@ -231,6 +283,31 @@ local function settle(id, job, status, error, extra)
   return children
 end
 
+-- What the end of a shard does to its job -> what else is to be ended.
+local function follow_shard(job, status, error, extra)
+  local whole = load(job.whole)
+  if not whole or whole.state ~= 'split' then return {} end
+  if status ~= 'succeeded' then return { { job.whole, whole, status, error, extra } } end
+  if redis.call('HINCRBY', prefix .. 'job:' .. job.whole, 'unmet', -1) <= 0 then make_ready(job.whole, whole) end
+  return {}
+end
+
+-- What the end of a job does to its shards -> those that can be ended at once; workers are asked to stop the others.
+local function stop_shards(id, job)
+  local waiting = {}
+  for number = 0, job.shards - 1 do
+    local part = shard_id(id, number)
+    local shard = load(part)
+    if shard and shard.state == 'running' then
+      write(part, 'cancel', '1')
+      redis.call('PUBLISH', prefix .. 'stop', part .. ' ' .. shard.worker)
+    elseif shard and shard.state ~= 'ended' then
+      waiting[#waiting + 1] = { part, shard, 'cancelled', terms.cancel_problem, { 'reason', 'cancelled' } }
+    end
+  end
+  return waiting
+end
+
 -- Ends a job and does to its descendants what follows from it. Breadth first with a list of its own: a chain of
 -- jobs may be longer than Lua's stack is deep.
 local function end_job(id, job, status, error, extra)
@@ -249,6 +326,9 @@ local function end_job(id, job, status, error, extra)
         end
       end
     end
+    for _, other in ipairs(its.whole and follow_shard(its, how, why, more) or stop_shards(parent, its)) do
+      work[#work + 1] = other
+    end
     repeat at = at + 1 -- two parents of one child may have ended in this pass: it ends once
     until not work[at] or load(work[at][1]).state ~= 'ended'
   end
@@ -256,7 +336,7 @@ end
 
 -- Ends a job that ran out of what it was allowed; it can be replayed.
 local function bury(id, job, error, reason)
-  redis.call('ZADD', prefix .. 'dead', now, id)
+  redis.call('ZADD', prefix .. 'dead', now, job.whole or id)
   end_job(id, job, 'failed', error, { 'reason', reason, 'dead_letter', '1' })
 end
 
@@ -289,6 +369,15 @@ end
 local function purge(id, owner, status)
   local webhook = owner and redis.call('HGET', prefix .. 'job:' .. id, 'webhook')
   if webhook then hook_off(owner, hook_host(webhook), id) end
+  for number = 0, tonumber(redis.call('HGET', prefix .. 'job:' .. id, 'shards') or '0') - 1 do
+    local part = shard_id(id, number)
+    local shard = load(part)
+    if shard and shard.state == 'running' then -- it was told to stop and has not said so yet
+      redis.call('ZREM', prefix .. 'leases', part)
+      count_running(shard, -1)
+    end
+    redis.call('DEL', prefix .. 'job:' .. part)
+  end
   redis.call('DEL', prefix .. 'job:' .. id, prefix .. 'events:' .. id, prefix .. 'children:' .. id)
   redis.call('ZREM', prefix .. 'expiry', id)
   redis.call('ZREM', prefix .. 'dead', id)

@@ -2,6 +2,10 @@
 -- owner in the ring as many as turns come round before. Rings longer than `sample` are extrapolated.
 
 local job = load(id)
+if job and job.state == 'split' then
+  id = shard_id(id, 0)
+  job = load(id)
+end
 if not job or job.state ~= 'ready' then return -1 end
 
 local function size(owner, class)

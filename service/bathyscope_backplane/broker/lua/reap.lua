@@ -27,6 +27,14 @@ for _, id in ipairs(lapsed) do
   end
 end
 
+-- Whether workers are at shards of a job.
+local function being_served(id, job)
+  for number = 0, job.shards - 1 do
+    if redis.call('HGET', prefix .. 'job:' .. shard_id(id, number), 'state') == 'running' then return true end
+  end
+  return false
+end
+
 local expired, purged = {}, 0
 local over = due('expiry')
 full(over)
@@ -42,7 +50,7 @@ for _, id in ipairs(over) do
       purge(id, job.owner, job.status)
       purged = purged + 1
     end
-  elseif job.state == 'running' then
+  elseif job.state == 'running' or being_served(id, job) then
     redis.call('ZADD', prefix .. 'expiry', now + terms.queue_ttl_ms, id)
   else
     end_job(id, job, 'expired', terms.expiry_problem, { 'reason', 'expired' })

@@ -1,4 +1,5 @@
--- Queues a job: dedupe, limits, hash, lists, and its place in the lane or behind its parents, at once.
+-- Queues a job: dedupe, limits, hash, lists, and its place in the lane or behind its parents, at once. One that is
+-- split waits for its shards, [what it is, rows] each, which are queued in a lane of their own.
 
 local record = prefix .. 'job:' .. id
 if idempotency_key ~= '' then
@@ -62,7 +63,20 @@ if inputs > 0 then
 end
 add('tally', 'queued', 1)
 
-if problem then
+if #shards > 0 then
+  local rows, attempts = 0, redis.call('HGET', record, 'max_attempts')
+  for number, shard in ipairs(shards) do
+    local part, its_sequence = shard_id(id, number - 1), next_number()
+    redis.call('HSET', prefix .. 'job:' .. part, 'id', part, 'kind', 'shard', 'lane', shard_lane, 'owner', owner,
+      'priority', priority, 'max_attempts', attempts, 'shard', shard[1], 'rows', shard[2], 'status', 'queued',
+      'created_at', now, 'sequence', its_sequence, 'attempt', '0', 'group_deaths', '0', 'solo', '0', 'alone', '0',
+      'unmet', '0')
+    add('lane_load', shard_lane, 1)
+    make_ready(part, { lane = shard_lane, owner = owner, class = CLASS[priority], sequence = its_sequence, solo = '0' })
+    rows = rows + shard[2]
+  end
+  redis.call('HSET', record, 'state', 'split', 'shards', #shards, 'rows', rows, 'unmet', #shards)
+elseif problem then
   end_job(id, load(id), 'failed', problem, { 'reason', 'dependency_failed' })
 elseif unmet > 0 then
   redis.call('SADD', prefix .. 'waiting', id)

@@ -1,4 +1,5 @@
--- Leases up to n jobs, all from the first of the lanes that has any.
+-- Leases up to n jobs: one shard from the first of the lanes of shards that has any, the others from the first of the
+-- lanes that has any.
 --
 -- Owners take turns, class by class. Aging: an owner whose jobs of a class have been passed over for as long as
 -- their class is worth competes with the class that is being served, and then gets every second turn until it has
@@ -7,7 +8,26 @@
 
 local taken_key = prefix .. 'taken:' .. worker
 local function answer(id)
-  return redis.call('HMGET', prefix .. 'job:' .. id, unpack(fields))
+  local values = redis.call('HMGET', prefix .. 'job:' .. id, unpack(fields))
+  local whole = whole_of(id)
+  if whole then -- what a shard has not of its own is its job's
+    for i, value in ipairs(redis.call('HMGET', prefix .. 'job:' .. whole, unpack(fields))) do
+      values[i] = values[i] or value
+    end
+  end
+  return values
+end
+
+-- A shard is begun, and with the first of them its job.
+local function begin_whole(id, attempt)
+  local whole = load(id)
+  if whole.status == 'queued' then
+    change_status(whole, 'running')
+    write(id, 'status', 'running', 'started_at', now)
+    announce(id, 'status', cjson.encode({ status = 'running', attempt = attempt }), 'running')
+  end
+  local most = tonumber(redis.call('HGET', prefix .. 'job:' .. id, 'shard_attempt') or '0')
+  if attempt > most then write(id, 'shard_attempt', attempt) end
 end
 
 -- Sent again because the answer was lost: the same jobs are given out, or they would lie until their leases lapse.
@@ -44,8 +64,8 @@ local function next_turn(lane)
 end
 
 local reply, ids, solo_waiting = {}, {}, 0
-for _, lane in ipairs(lanes) do
-  while #ids < n do
+local function take_from(lane, most)
+  while #ids < most do
     local class, owner, late = next_turn(lane)
     if not class then break end
     local queue = prefix .. 'ready:' .. lane .. '|' .. owner
@@ -66,14 +86,30 @@ for _, lane in ipairs(lanes) do
     change_status(job, 'running')
     local attempt = tonumber(job.attempt) + 1
     write(id, 'status', 'running', 'state', 'running', 'worker', worker, 'token', token, 'attempt', attempt,
-      'started_at', now, 'alone', job.solo, 'progress', '')
+      'alone', job.solo)
+    if job.shards == 0 then
+      write(id, 'started_at', now, 'progress', '')
+    else -- it began with its shards, unless it is replayed and they are done
+      redis.call('HSETNX', prefix .. 'job:' .. id, 'started_at', now)
+    end
+    if job.whole then begin_whole(job.whole, attempt) end
+    count_running(job, 1)
     redis.call('ZADD', prefix .. 'leases', now + lease_ms, id)
     announce(id, 'status', cjson.encode({ status = 'running', attempt = attempt }), 'running')
     ids[#ids + 1] = id
     reply[#reply + 1] = answer(id)
-    if alone then n = 1 end
+    if alone then n, most = 1, 1 end
   end
+end
+
+for _, lane in ipairs(shard_lanes) do
   if #ids > 0 or solo_waiting == 1 then break end
+  take_from(lane, math.min(n, 1))
+end
+local shards_taken = #ids
+for _, lane in ipairs(lanes) do
+  if #ids > shards_taken or solo_waiting == 1 then break end
+  take_from(lane, n)
 end
 if #ids > 0 then
   redis.call('SET', taken_key, token .. ' ' .. table.concat(ids, ' '), 'PX', lease_ms)

@@ -21,14 +21,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from bathyscope_workers.probes.estimators._base import Codes, Floats, Standardizer
-from bathyscope_workers.probes.estimators._exact import Solution
+from bathyscope_workers.probes.estimators._exact import SCORE_TOLERANCE, Solution
 from bathyscope_workers.probes.estimators._newton_cg import Problems, Solved, newton_step, solve
 
 Rows = NDArray[np.int64]
-
-SCORE_TOLERANCE = 5e-4
-"""How far decision values on the training rows may be from the optimum's, by the bound above; where none is as far as 1
-from the intercept, times the farthest."""
 
 _LEAST = 1e-10
 
