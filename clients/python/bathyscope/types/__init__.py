@@ -23,6 +23,7 @@ from bathyscope.types.adapters import (
     TinkerModels,
     Variant,
 )
+from bathyscope.types.datasets import Dataset, DatasetColumns, DatasetFields, DatasetRef, DatasetRow
 from bathyscope.types.extractions import (
     CacheUse,
     Choices,
@@ -73,6 +74,11 @@ __all__ = [
     "ChoiceScores",
     "Choices",
     "ComputeDtype",
+    "Dataset",
+    "DatasetColumns",
+    "DatasetFields",
+    "DatasetRef",
+    "DatasetRow",
     "Dtype",
     "Extraction",
     "ExtractionOptions",

@@ -16,6 +16,7 @@ from bathyscope.types._base import (
     WorkRequest,
 )
 from bathyscope.types.adapters import Variant
+from bathyscope.types.datasets import DatasetRef
 from bathyscope.types.inputs import Input
 
 Dtype = Literal["float32", "float16", "bfloat16"]
@@ -110,7 +111,7 @@ class ExtractionRequest(ExtractionOptions, WorkRequest):
     inputs: list[Input] | None = Field(default=None, min_length=1, fail_fast=True)
     """The texts."""
 
-    dataset: dict[str, Any] | None = None
+    dataset: DatasetRef | None = None
     """A dataset by name or id, instead of inputs."""
 
     score_choices: bool = False
