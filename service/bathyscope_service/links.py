@@ -32,6 +32,11 @@ _PREDICTION = (
     ("readPrediction", "get", "/v1/predictions/{prediction_id}"),
     ("deletePrediction", "delete", "/v1/predictions/{prediction_id}"),
 )
+_DATASET = (
+    ("readDataset", "get", "/v1/datasets/{dataset_id}"),
+    ("readRows", "get", "/v1/datasets/{dataset_id}/rows"),
+    ("deleteDataset", "delete", "/v1/datasets/{dataset_id}"),
+)
 _MODEL = (
     ("readModel", "get", "/v1/models/{name}"),
     ("loadModel", "post", "/v1/models/{name}/load"),
@@ -42,6 +47,9 @@ _LINKS: dict[tuple[str, str], list[tuple[tuple[tuple[str, str, str], ...], str]]
     ("post", "/v1/adapters"): [(_JOB, _ID)],
     ("get", "/v1/adapters"): [(_ADAPTER, _FIRST)],
     ("get", "/v1/adapters/{adapter_id}"): [(_ADAPTER[1:], _ID), (_JOB[:1], "$response.body#/job")],
+    ("post", "/v1/datasets"): [(_DATASET, _ID)],
+    ("get", "/v1/datasets"): [(_DATASET, _FIRST)],
+    ("get", "/v1/datasets/{dataset_id}"): [(_DATASET[1:], _ID)],
     ("post", "/v1/extractions"): [(_JOB, _ID)],
     ("post", "/v1/probes"): [(_JOB, _ID)],
     ("post", "/v1/probes/{probe_id}/predict"): [(_JOB, _ID)],
@@ -81,7 +89,7 @@ def add_links(paths: dict[str, Any]) -> None:
             for targets, value in groups
             for name, verb, target in targets
         }
-        for status in ("200", "202"):
+        for status in ("200", "201", "202"):
             response = paths[path][method]["responses"].get(status)
             if response is not None:
                 response.setdefault("links", {}).update(links)

@@ -26,7 +26,7 @@ _IDEMPOTENCY_KEY = {
     "name": "Idempotency-Key",
     "in": "header",
     "required": False,
-    "description": "Makes a repeated request return the first one's job. Kept for 24 hours.",
+    "description": "Makes a repeated request return what the first one made. Kept for 24 hours.",
     "schema": {"type": "string", "minLength": 1, "maxLength": 255},
 }
 
@@ -45,6 +45,10 @@ _HEADERS: dict[str, dict[str, Any]] = {
         "Retry-After": _header("Seconds after which to look again.", pattern="^[0-9]+$"),
         "Preference-Applied": _header("`wait`, where `Prefer: wait=N` was asked for."),
         "Idempotent-Replayed": _header("`true` where an earlier request with this key made the job."),
+    },
+    "201": {
+        "Location": _header("Path of what was made.", required=True, pattern="^/v1/"),
+        "Idempotent-Replayed": _header("`true` where an earlier request with this key made it."),
     },
     "401": {"WWW-Authenticate": _header("`Bearer`.", required=True)},
     "416": {"Content-Range": _header("The length: `bytes */N`.", required=True, pattern="^bytes \\*/[0-9]+$")},
@@ -105,8 +109,11 @@ def _complete(path: str, method: str, operation: dict[str, Any]) -> None:
                     del operation["responses"][status]
     parameters = operation.setdefault("parameters", [])
     if "requestBody" in operation:
-        parameters += [_PREFER, _IDEMPOTENCY_KEY, *_CREDENTIALS]
-        operation["responses"]["200"].setdefault("headers", {}).update(_HEADERS["202"])
+        if "202" in operation["responses"]:
+            parameters += [_PREFER, _IDEMPOTENCY_KEY, *_CREDENTIALS]
+            operation["responses"]["200"].setdefault("headers", {}).update(_HEADERS["202"])
+        else:
+            parameters.append(_IDEMPOTENCY_KEY)
     elif path.endswith("/replay"):
         parameters += _CREDENTIALS
     elif path == "/v1/tinker/models":

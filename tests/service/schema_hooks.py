@@ -22,7 +22,7 @@ def _known(name: str, value: Any, prefix: str) -> Any:
 def map_path_parameters(context: schemathesis.HookContext, path_parameters: dict[str, Any]) -> dict[str, Any]:
     """Ids in paths."""
     assert context.operation is not None
-    ids = {"job_id": "job_", "adapter_id": "ad_", "extraction_id": "ext_", "probe_id": "prb_"}
+    ids = {"job_id": "job_", "adapter_id": "ad_", "extraction_id": "ext_", "probe_id": "prb_", "dataset_id": "ds_"}
     for parameter, prefix in ids.items():
         if parameter in (path_parameters or {}) and context.operation.method.lower() != "delete":
             path_parameters[parameter] = _known(parameter.upper(), path_parameters[parameter], prefix)

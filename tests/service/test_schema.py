@@ -47,8 +47,14 @@ def seeds(noop: Stack) -> dict[str, str]:
     states = made("/v1/extractions", {"model": "tiny", "inputs": ["a", "b", "c", "d"]})
     probe = made("/v1/probes", {"extraction": states["id"], "labels": [0, 1, 0, 1], "folds": 2})
     made(f"/v1/probes/{probe['id']}/predict", {"inputs": ["e"]})
-    adapter = added["resource"].rpartition("/")[2]
-    return {"ADAPTER_ID": adapter, "EXTRACTION_ID": states["id"], "JOB_ID": states["job"], "PROBE_ID": probe["id"]}
+    sent = noop.client.post("/v1/datasets", files={"file": b'{"input": "a"}'}, data={"format": "jsonl"})
+    return {
+        "ADAPTER_ID": added["resource"].rpartition("/")[2],
+        "DATASET_ID": sent.json()["id"],
+        "EXTRACTION_ID": states["id"],
+        "JOB_ID": states["job"],
+        "PROBE_ID": probe["id"],
+    }
 
 
 def configuration(document: dict[str, Any]) -> dict[str, Any]:

@@ -7,22 +7,25 @@ import time
 from pathlib import Path
 from typing import Annotated, Any
 
-import orjson
 from fastapi import APIRouter, Query, Request
-from pyarrow import parquet
 from pydantic import ValidationError
 from starlette.responses import Response
 
 from bathyscope import errors
-from bathyscope.types import Page
-from bathyscope.types.datasets import Dataset, DatasetFields, DatasetRow
+from bathyscope.types import Dataset, DatasetFields, DatasetRow, Page
 from bathyscope_backplane.artifacts import Resource
+from bathyscope_backplane.cursors import unwrap, wrap
+from bathyscope_backplane.datasets.stored import GROUP_BYTES, read_rows
 from bathyscope_backplane.ids import new_id
+from bathyscope_backplane.keys import ApiKey
 from bathyscope_backplane.times import rfc3339
 from bathyscope_service.adapters.upload import place_for_upload, places_for, read_upload
+from bathyscope_service.auditing import concerns
 from bathyscope_service.bodies import invalid
-from bathyscope_service.context import Caller, Context, Ctx
-from bathyscope_service.datasets.rows import take_rows
+from bathyscope_service.context import Caller, Context, Ctx, Held
+from bathyscope_service.datasets.once import Once
+from bathyscope_service.datasets.rows import Summary, take_rows
+from bathyscope_service.jobs.submission import idempotency_of
 from bathyscope_service.jobs.views import json_response
 from bathyscope_service.problems import responses
 from bathyscope_service.resources import may_be_deleted, resource_list, resource_of, resource_response
@@ -30,7 +33,12 @@ from bathyscope_service.resources import may_be_deleted, resource_list, resource
 router = APIRouter(prefix="/v1/datasets", tags=["datasets"])
 
 FIELDS = ("format", "name", "metadata", "columns")
+_SUMMARY = ("rows", "columns", "labels", "groups", "splits", "questions", "sha256")
+_WORK_BYTES = 4 * GROUP_BYTES
+"""Memory that it takes to go through a dataset: one piece of it, as it is and as rows."""
+
 _READ = responses(errors.NotFound, errors.Expired, errors.InvalidRequest)
+_ROWS = responses(errors.NotFound, errors.Expired, errors.InvalidRequest, errors.QuotaExceeded)
 _SCHEMA = {
     "type": "object",
     "required": ["file", "format"],
@@ -57,15 +65,18 @@ _SCHEMA = {
         errors.TooLarge,
         errors.UnsupportedMedia,
         errors.InvalidRequest,
+        errors.IdempotencyMismatch,
+        errors.StateConflict,
         errors.QuotaExceeded,
     ),
 )
-async def create_dataset(request: Request, context: Ctx, caller: Caller) -> Response:
+async def create_dataset(request: Request, context: Ctx, caller: Caller, memory: Held) -> Response:
     """Upload rows as `file`: JSONL, CSV or Parquet. Each is checked; where one is faulty nothing is kept.
 
-    `metadata` and `columns` are JSON objects, as texts. The same rows sent again make another dataset.
+    `metadata` and `columns` are JSON objects, as texts. The same rows sent again make another dataset, but for the same
+    Idempotency-Key.
     """
-    if "multipart/form-data" not in request.headers.get("content-type", "").lower():
+    if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "multipart/form-data":
         raise errors.UnsupportedMedia("A dataset is uploaded as multipart/form-data, its rows in the part `file`.")
     plane = context.plane
     await plane.space.require()
@@ -80,6 +91,8 @@ async def create_dataset(request: Request, context: Ctx, caller: Caller) -> Resp
             fields = DatasetFields.model_validate(content)
         except ValidationError as error:
             raise invalid(DatasetFields, error, content) from None
+        request.state.body_digest, request.state.body_bytes = upload.digest, upload.bytes
+        memory.hold(_WORK_BYTES)
         with place_for_upload(folder) as (_, target):
             async with context.heavy:
                 summary = await asyncio.to_thread(
@@ -91,30 +104,60 @@ async def create_dataset(request: Request, context: Ctx, caller: Caller) -> Resp
                     max_rows=limits.max_rows,
                     max_bytes=limits.max_dataset_bytes,
                 )
-            await _room(context, caller, target)
-            dataset_id, job, now = new_id("ds"), new_id("job"), int(time.time() * 1000)
-            blob = await plane.store.put_file(f"blobs/{dataset_id}/rows.parquet", target)
+            await plane.space.require()
+            once = Once(plane, idempotency_of(request, caller))
+            earlier = await once.earlier()
+            if earlier is None:
+                try:
+                    await _room(context, caller, target)
+                    resource = await _kept(context, caller, once.id, fields, summary, target)
+                except errors.Unavailable:
+                    raise  # whether it is there is not known
+                except errors.ProblemError:
+                    await once.refused()
+                    raise
+                await once.made()
+            else:
+                resource = earlier
+    concerns(request, resource.id)
+    headers = {"Location": f"/v1/datasets/{resource.id}"}
+    if earlier is not None:
+        headers["Idempotent-Replayed"] = "true"
+    return json_response(resource.body, 201, headers)
+
+
+async def _kept(
+    context: Context, caller: ApiKey, dataset_id: str, fields: DatasetFields, summary: Summary, target: Path
+) -> Resource:
+    now, plane = int(time.time() * 1000), context.plane
+    blob = await plane.store.put_file(f"blobs/{dataset_id}/rows.parquet", target)
     body: dict[str, Any] = {
         "id": dataset_id,
-        "job": job,
         "name": fields.name,
         "format": fields.format,
-        **{name: getattr(summary, name) for name in summary.__slots__},
+        **{name: getattr(summary, name) for name in _SUMMARY},
         "bytes": blob.bytes,
         "metadata": fields.metadata,
         "created_at": rfc3339(now),
     }
-    await plane.catalogue.commit(Resource(dataset_id, "dataset", caller.id, job, now, None, body, {"rows": blob}))
-    return json_response(body, 201, {"Location": f"/v1/datasets/{dataset_id}"})
+    private = {"characters": summary.characters}
+    made = Resource(dataset_id, "dataset", caller.id, new_id("job"), now, None, body, {"rows": blob}, private)
+    return await plane.catalogue.commit(made)
 
 
-async def _room(context: Context, caller: Caller, target: Path) -> None:
+async def _room(context: Context, caller: ApiKey, target: Path) -> None:
+    """Raise `QuotaExceeded` where the key may not store so much."""
     most = caller.quota.max_bytes
     if most is not None:
-        used = await context.plane.catalogue.bytes_stored(caller.id)
-        if used + target.stat().st_size > most:
+        used, size = await context.plane.catalogue.bytes_stored(caller.id), target.stat().st_size
+        if used + size > most:
             raise errors.QuotaExceeded(
-                f"This key may store {most:,} bytes and has {used:,}; delete what is not needed."
+                f"This key has stored {used:,} bytes and may store {most:,}; this dataset takes {size:,}: delete what "
+                "is not needed.",
+                quota="bytes",
+                used=used,
+                estimate=size,
+                limit=most,
             )
 
 
@@ -135,44 +178,30 @@ async def get_dataset(dataset_id: str, context: Ctx, caller: Caller) -> Response
     return resource_response(await resource_of(context, caller, "dataset", dataset_id))
 
 
-@router.get("/{dataset_id}/rows", summary="Read rows", response_model=Page[DatasetRow], responses=_READ)
+@router.get("/{dataset_id}/rows", summary="Read rows", response_model=Page[DatasetRow], responses=_ROWS)
 async def get_rows(
     dataset_id: str,
     context: Ctx,
     caller: Caller,
+    memory: Held,
     limit: Annotated[int, Query(ge=1, le=200)] = 20,
-    cursor: Annotated[str | None, Query(pattern="^[0-9]{1,9}$")] = None,
+    cursor: Annotated[str | None, Query(max_length=200)] = None,
 ) -> Response:
     """Rows in the order of the file."""
     resource = await resource_of(context, caller, "dataset", dataset_id)
-    start = int(cursor or 0)
+    start = unwrap(cursor, _place) if cursor is not None else 0
+    memory.hold(_WORK_BYTES)
     with may_be_deleted(resource):
-        data = await context.plane.store.get(resource.blobs["rows"].key)
-    if data is None:
-        raise errors.NotFound(f"The dataset {dataset_id} was deleted.")
-    async with context.heavy:
-        rows = await asyncio.to_thread(_page, data, start, start + limit)
+        rows = await read_rows(context.plane.store, resource, start, start + limit)
     end = start + len(rows)
-    following = str(end) if end < resource.body["rows"] and rows else None
+    following = wrap(str(end)) if rows and end < resource.body["rows"] else None
     return json_response({"data": rows, "next_cursor": following})
 
 
-def _page(data: bytes, start: int, end: int) -> list[dict[str, Any]]:
-    import pyarrow as pa
-
-    rows: list[dict[str, Any]] = []
-    with parquet.ParquetFile(pa.BufferReader(data)) as file:
-        first = 0
-        for group in range(file.num_row_groups):
-            count = file.metadata.row_group(group).num_rows
-            if first < end and first + count > start:
-                low = max(0, start - first)
-                part = file.read_row_group(group, use_threads=False).slice(low, min(count, end - first) - low)
-                for at, row in enumerate(part.to_pylist(), first + low):
-                    values = {name: orjson.loads(text) for name, text in row.items() if text is not None}
-                    rows.append({"index": at, "label": None, "group": None, "split": None, **values})
-            first += count
-    return rows
+def _place(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and len(text) < 10):
+        raise ValueError(text)
+    return int(text)
 
 
 @router.delete("/{dataset_id}", summary="Delete a dataset", status_code=204, responses=_READ)

@@ -21,17 +21,15 @@ from pydantic import Field, StrictInt, StrictStr, TypeAdapter, ValidationError
 
 from bathyscope.errors import FieldError, InvalidRequest, TooLarge
 from bathyscope.types import Input
+from bathyscope_backplane.datasets.stored import EXTRAS, GROUP_BYTES, SCHEMA
 from bathyscope_service.datasets.reading import Fault, Format, rows_of
 
 COLUMNS = ("input", "prompt", "choices", "answer", "label", "group", "split")
-EXTRAS = ("label", "group", "split")
-SCHEMA = pa.schema([("input", pa.string()), *((name, pa.string()) for name in EXTRAS)])
 
 MOST_FAULTS = 20
 """Faults that are told; the file is read no further after them."""
 
 _GROUP_ROWS = 1000
-_GROUP_BYTES = 8 * 2**20
 _MOST_CLASSES = 100
 _NUMBER = re.compile(r"-?(0|[1-9][0-9]{0,15})(\.[0-9]{1,17})?([eE][+-]?[0-9]{1,2})?")
 
@@ -54,6 +52,9 @@ class Summary:
     splits: dict[str, int] | None = None
     questions: int = 0
     """Rows with a prompt and an answer."""
+
+    characters: int = 0
+    """Of all rows as JSON."""
 
     sha256: str = ""
     """Over the rows as JSON lines, so that the same rows have the same digest whatever file they came in."""
@@ -80,7 +81,7 @@ def _take(
     faults: list[Fault] = []
     taken = _Taken()
     pending: list[dict[str, str | None]] = []
-    pending_bytes = total = 0
+    pending_bytes = 0
     with parquet.ParquetWriter(target, SCHEMA, compression="zstd") as writer:
         for line, found in rows_of(source, form):
             try:
@@ -97,14 +98,15 @@ def _take(
                     f"The file has more than {max_rows:,} rows, the most that a dataset may have.", limit=max_rows
                 )
             size = sum(len(value) for value in row.values() if value)
-            total += size
-            if total > max_bytes:
-                raise TooLarge(f"The rows have more than {max_bytes:,} characters in all.", limit=max_bytes)
+            taken.summary.characters += size
+            if taken.summary.characters > max_bytes:
+                faults.append(Fault(line, f"up to here the rows have more than {max_bytes:,} characters in all"))
+                break
             if faults:
                 continue
             pending.append(row)
             pending_bytes += size
-            if len(pending) == _GROUP_ROWS or pending_bytes > _GROUP_BYTES:
+            if len(pending) == _GROUP_ROWS or pending_bytes > GROUP_BYTES:
                 writer.write_batch(pa.RecordBatch.from_pylist(pending, SCHEMA))
                 pending, pending_bytes = [], 0
         if pending:

@@ -92,7 +92,7 @@ async def _submit(
     credentials = credentials_of(request)
     quota = caller.quota
     stored = await plane.catalogue.bytes_stored(caller.id) if quota.max_bytes is not None else 0
-    idempotency = _idempotency(request, caller, work.part)
+    idempotency = idempotency_of(request, caller, work.part)
     payload: dict[str, Any] = {"spec": work.spec}
     if quota.max_bytes is not None:  # where the size was not known here, the worker holds it
         payload["most_bytes"] = max(0, quota.max_bytes - stored)
@@ -255,7 +255,8 @@ def webhook_of(context: Context, body: WorkRequest) -> str | None:
     return check_target(body.webhook, allow_private=context.plane.settings.webhooks.allow_private).url
 
 
-def _idempotency(request: Request, caller: ApiKey, part: str) -> Idempotency | None:
+def idempotency_of(request: Request, caller: ApiKey, part: str = "") -> Idempotency | None:
+    """The Idempotency-Key of a request, scoped to API key and route; `part` tells jobs of one request apart."""
     given = request.headers.get("idempotency-key")
     if given is None:
         return None

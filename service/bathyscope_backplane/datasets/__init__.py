@@ -1,0 +1,1 @@
+"""Rows of datasets that requests name: uploaded ones, those that are made by code, those of the hub."""
