@@ -256,6 +256,31 @@ class AdapterSettings(_Group):
     """How long Tinker may take to load a training checkpoint and to export it, or to make a legacy archive."""
 
 
+class DatasetSettings(_Group):
+    """Where datasets of the hub are read from, and what that may take."""
+
+    hub: bool = True
+    """Whether they are read at all."""
+
+    folder: Path | None = None
+    """Folder with copies of hub repositories, as `ORG/NAME`; with it the hub is not asked."""
+
+    hub_url: str | None = Field(default=None, pattern=r"^https?://[^/]+")
+    """Address of the hub; by default `HF_ENDPOINT`, else huggingface.co."""
+
+    seconds: float = Field(default=50.0, gt=0)
+    """How long reading one may take; the request waits for it."""
+
+    memory_bytes: int = Field(default=2 * 2**30, ge=2**28)
+    """Memory of the process that reads one."""
+
+    cache_bytes: int = Field(default=2**30, ge=0)
+    """Bound of the rows that are kept in the data folder; those used longest ago go first. With 0 none are kept."""
+
+    cache_hours: float = Field(default=24.0, gt=0)
+    """How long they are used without asking the hub again."""
+
+
 class WebhookSettings(_Group):
     """How finished jobs are told to the webhooks of their requests. Every front end delivers; the bounds are of one."""
 
@@ -359,6 +384,7 @@ class Settings(BaseSettings):
     worker: WorkerSettings = Field(default_factory=WorkerSettings)
     cache: CacheSettings = Field(default_factory=CacheSettings)
     adapters: AdapterSettings = Field(default_factory=AdapterSettings)
+    datasets: DatasetSettings = Field(default_factory=DatasetSettings)
     webhooks: WebhookSettings = Field(default_factory=WebhookSettings)
     tracing: TracingSettings = Field(default_factory=TracingSettings)
 

@@ -24,13 +24,21 @@ TEXTS = [f"annas text number {number}" for number in range(8)]
 MARKS = ["annas text", "annas-metadata", "annas-name", "annas-idempotency"]
 
 HERS = {
-    **{"job_id": "job", "adapter_id": "ad", "extraction_id": "ext", "probe_id": "prb", "prediction_id": "prd"},
+    "job_id": "job",
+    "adapter_id": "ad",
+    "extraction_id": "ext",
+    "probe_id": "prb",
+    "prediction_id": "prd",
     "dataset_id": "ds",
 }
 """Parameters of paths that are ids, and their prefix."""
 
 NOUNS = {
-    **{"jobs": "job", "adapters": "ad", "extractions": "ext", "probes": "prb", "predictions": "prd"},
+    "jobs": "job",
+    "adapters": "ad",
+    "extractions": "ext",
+    "probes": "prb",
+    "predictions": "prd",
     "datasets": "ds",
 }
 """What is listed, and the prefix of its ids."""

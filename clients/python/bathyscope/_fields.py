@@ -15,6 +15,7 @@ from pydantic import BaseModel, ValidationError
 
 from bathyscope import types
 from bathyscope._upload import FileUpload
+from bathyscope.datasets import NamedDataset
 from bathyscope.errors import FieldError, InvalidRequest
 
 R = TypeVar("R", bound=types.RequestModel)
@@ -57,7 +58,7 @@ class ExtractionFields(WorkFields, total=False):
 
     model: Required[str]
     inputs: Iterable[InputLike] | None
-    dataset: Mapping[str, Any] | None
+    dataset: types.DatasetRef | Mapping[str, Any] | NamedDataset | None
     adapter: Reference | Iterable[str] | None
     quantization: types.Quantization
     layers: LayersLike
@@ -88,7 +89,7 @@ class AdapterFields(WorkFields, total=False):
 class ProbeFields(WorkFields, total=False):
     """`types.ProbeRequest`."""
 
-    labels: Required[Iterable[Any] | Literal["correct"]]
+    labels: Iterable[Any] | Literal["correct"] | None
     extraction: Reference | None
     data: types.ExtractionRequest | Mapping[str, Any] | None
     name: str | None
@@ -128,6 +129,8 @@ def plain(value: Any) -> Any:
         return value
     if isinstance(value, BaseModel):
         return _plain_model(value)
+    if isinstance(value, NamedDataset):
+        return _plain_model(value.ref)
     if isinstance(value, Mapping):
         return {str(name): plain(member) for name, member in value.items()}
     if hasattr(value, "tolist"):

@@ -60,6 +60,7 @@
         ├── Unavailable              503  unavailable            (Redis or the store is out of reach)
         │   ├── OutOfSpace           503  out-of-space           (a disk or Redis' memory is full)
         │   ├── AdapterSourceOutOfReach  502  adapter-source-out-of-reach
+        │   ├── DatasetOutOfReach    502  dataset-out-of-reach   (the hub, or the deadline)
         │   ├── TinkerOutOfReach     502  tinker-out-of-reach    (no answer, or none that can be read)
         │   └── TinkerRateLimited    429  tinker-rate-limited
         └── of failed jobs only (the status is what the same fault would have answered at submission)
@@ -541,6 +542,12 @@ class AdapterSourceOutOfReach(Unavailable):
     """The place that an adapter comes from did not answer, or the transfer broke too often."""
 
     slug, status, title = "adapter-source-out-of-reach", 502, "The source cannot be reached"
+
+
+class DatasetOutOfReach(Unavailable):
+    """The hub that a dataset is read from did not answer, or not within the deadline."""
+
+    slug, status, title = "dataset-out-of-reach", 502, "The dataset cannot be reached"
 
 
 class TinkerOutOfReach(Unavailable):

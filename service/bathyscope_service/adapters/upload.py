@@ -206,7 +206,7 @@ async def read_upload(
     most: int | None = None,
     what: str = ARCHIVE,
 ) -> Upload:
-    """The body of a request, its file in `file`, which lies at `path`: `what` it is, of `most` bytes, and fields `names`.
+    """The body of a request: its file in `file`, which lies at `path`, is `what`, of `most` bytes; its fields `names`.
 
     Raises 400, 408, 413, 415, 422 and 503 problems.
     """

@@ -104,12 +104,13 @@ async def create_dataset(request: Request, context: Ctx, caller: Caller, memory:
                     max_rows=limits.max_rows,
                     max_bytes=limits.max_dataset_bytes,
                 )
+            size = target.stat().st_size
             await plane.space.require()
             once = Once(plane, idempotency_of(request, caller))
             earlier = await once.earlier()
             if earlier is None:
                 try:
-                    await _room(context, caller, target)
+                    await _room(context, caller, size)
                     resource = await _kept(context, caller, once.id, fields, summary, target)
                 except errors.Unavailable:
                     raise  # whether it is there is not known
@@ -145,11 +146,11 @@ async def _kept(
     return await plane.catalogue.commit(made)
 
 
-async def _room(context: Context, caller: ApiKey, target: Path) -> None:
+async def _room(context: Context, caller: ApiKey, size: int) -> None:
     """Raise `QuotaExceeded` where the key may not store so much."""
     most = caller.quota.max_bytes
     if most is not None:
-        used, size = await context.plane.catalogue.bytes_stored(caller.id), target.stat().st_size
+        used = await context.plane.catalogue.bytes_stored(caller.id)
         if used + size > most:
             raise errors.QuotaExceeded(
                 f"This key has stored {used:,} bytes and may store {most:,}; this dataset takes {size:,}: delete what "

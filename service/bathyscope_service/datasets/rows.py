@@ -61,7 +61,7 @@ class Summary:
 
 
 def take_rows(
-    source: Path, form: Format, target: Path, *, columns: Mapping[str, str], max_rows: int, max_bytes: int
+    source: Path, form: Format, target: Path, *, columns: Mapping[Any, str], max_rows: int, max_bytes: int
 ) -> Summary:
     """Check the rows of `source` and write them to `target`, which is gone where this raises.
 
@@ -76,7 +76,7 @@ def take_rows(
 
 
 def _take(
-    source: Path, form: Format, target: Path, columns: Mapping[str, str], max_rows: int, max_bytes: int
+    source: Path, form: Format, target: Path, columns: Mapping[Any, str], max_rows: int, max_bytes: int
 ) -> Summary:
     faults: list[Fault] = []
     taken = _Taken()
@@ -129,7 +129,7 @@ def _refusal(faults: list[Fault], form: Format) -> InvalidRequest:
     return InvalidRequest(f"The file was not taken: {unit} {first.line:,}: {first.detail[:300]}{more}.", errors=errors)
 
 
-def _named(line: int, row: dict[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
+def _named(line: int, row: dict[str, Any], columns: Mapping[Any, str]) -> dict[str, Any]:
     if columns:
         return {name: row[given] for name, given in columns.items() if row.get(given) is not None}
     for name in row:

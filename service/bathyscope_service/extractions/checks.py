@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from bathyscope.errors import FieldError, InvalidInput, InvalidRequest, ModelUnknown, NotBuilt, TooLarge
+from bathyscope.errors import FieldError, InvalidInput, InvalidRequest, ModelUnknown, TooLarge
 from bathyscope.types import (
     ExtractionOptions,
     ExtractionRequest,
@@ -42,12 +42,6 @@ def lane_of(entry: ModelEntry, options: ExtractionOptions) -> str:
     """The queue of a model as the request wants it."""
     dtype = options.compute_dtype if options.compute_dtype != "auto" else entry.compute_dtype
     return f"model:{entry.name}:{options.quantization}:{dtype}"
-
-
-def refuse_unbuilt(body: ExtractionRequest) -> None:
-    """Raise `NotBuilt` for the parts of the contract that this version does not offer."""
-    if body.dataset is not None:
-        raise NotBuilt("Dataset is part of the contract and not offered by this version.")
 
 
 def wire_rows(inputs: list[Input]) -> list[Any]:

@@ -19,7 +19,8 @@ from bathyscope_service import encoding
 from bathyscope_service.adapters.variants import resolve
 from bathyscope_service.bodies import describes, json_body
 from bathyscope_service.context import Caller, Context, Ctx, Held
-from bathyscope_service.extractions.checks import check, lane_of, model_entry, refuse_unbuilt, wire_rows
+from bathyscope_service.datasets.using import with_rows
+from bathyscope_service.extractions.checks import check, lane_of, model_entry, wire_rows
 from bathyscope_service.extractions.choices import Choices
 from bathyscope_service.extractions.representations import MEDIA_TYPES, STATES_SCHEMA, States
 from bathyscope_service.jobs.submission import Work, answer, submit, webhook_of
@@ -74,6 +75,7 @@ _EXAMPLE = {
             errors.LaneFull,
             errors.QuotaExceeded,
             errors.NotBuilt,
+            errors.DatasetOutOfReach,
         ),
     },
 )
@@ -81,17 +83,21 @@ async def create_extraction(
     request: Request,
     context: Ctx,
     caller: Caller,
+    memory: Held,
     body: Annotated[ExtractionRequest, Depends(json_body(ExtractionRequest))],
 ) -> Response:
     """Queue the extraction of hidden states of texts; the job's `resource` is the extraction."""
+    body, _ = await with_rows(context, request, caller, memory, body)
     work = await extraction_work(context, caller, body, request.state.body_bytes)
     job_id, replayed = await submit(context, request, caller, work)
     return await answer(context, request, caller, work, job_id, replayed)
 
 
 async def extraction_work(context: Context, caller: ApiKey, body: ExtractionRequest, size: int) -> Work:
-    """The job of a valid request, which came in a body of `size` bytes. Raises what the front end can tell."""
-    refuse_unbuilt(body)
+    """The job of a valid request, which came in a body of `size` bytes. Raises what the front end can tell.
+
+    The inputs of a dataset are there already (`with_rows`).
+    """
     webhook = webhook_of(context, body)
     entry = await model_entry(context, body.model, body.quantization)
     inputs = body.inputs or []

@@ -16,6 +16,7 @@ from bathyscope_backplane.artifacts._store import CHUNK_BYTES
 from bathyscope_service.auditing import concerns
 from bathyscope_service.bodies import describes, json_body
 from bathyscope_service.context import Caller, Ctx, Held
+from bathyscope_service.datasets.using import probe_with_rows
 from bathyscope_service.jobs.submission import answer, submit
 from bathyscope_service.probes import card, onnx_file
 from bathyscope_service.probes.predicting import prediction_work
@@ -48,6 +49,7 @@ _SUBMIT_PROBLEMS = (
     errors.LaneFull,
     errors.QuotaExceeded,
     errors.NotBuilt,
+    errors.DatasetOutOfReach,
 )
 _SUBMIT_RESPONSES: dict[int | str, dict[str, Any]] = {
     200: {"model": Job, "description": "The finished job, with `Prefer: wait=N`."},
@@ -82,9 +84,11 @@ async def create_probe(
     request: Request,
     context: Ctx,
     caller: Caller,
+    memory: Held,
     body: Annotated[ProbeRequest, Depends(json_body(ProbeRequest))],
 ) -> Response:
     """Sweep over the layers of an extraction, report what each is worth, and keep the probe of the best layer."""
+    body = await probe_with_rows(context, request, caller, memory, body)
     work, parent = await probe_work(context, request, caller, body)
     try:
         job_id, replayed = await submit(context, request, caller, work)

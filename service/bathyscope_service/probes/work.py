@@ -171,7 +171,7 @@ def _check_settings(body: ProbeRequest) -> None:
     check_estimator(body.estimator, penalised=body.C is not None, covariance=body.covariance, task=None)
     found = []
     regression = body.task == "regression" or (
-        body.task == "auto" and any(isinstance(label, float) and not label.is_integer() for label in body.labels)
+        body.task == "auto" and any(isinstance(label, float) and not label.is_integer() for label in body.labels or ())
     )
     if body.labels == "correct" and body.task in ("multiclass", "regression"):
         found.append(FieldError(pointer="/task", detail="right or wrong are two classes: use auto or binary"))

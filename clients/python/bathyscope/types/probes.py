@@ -26,8 +26,10 @@ class ProbeRequest(WorkRequest):
     data: ExtractionRequest | None = None
     """An extraction to make first, instead of `extraction`."""
 
-    labels: Annotated[list[Label], Field(fail_fast=True)] | Literal["correct"]
-    """One a row: classes as booleans, whole numbers or strings; for regression numbers."""
+    labels: Annotated[list[Label], Field(fail_fast=True)] | Literal["correct"] | None = None
+    """One a row: classes as booleans, whole numbers or strings; for regression numbers. `correct`: whether the model
+    has the question right, by the scored choices. Not needed with a dataset in `data`, whose labels, groups and split
+    are taken where none are given here; questions without labels mean `correct`."""
 
     task: Literal["auto", "binary", "multiclass", "regression"] = "auto"
     """`auto` decides by the labels: numbers that are not whole mean regression."""
@@ -97,6 +99,8 @@ class ProbeRequest(WorkRequest):
     def _one_source(self) -> ProbeRequest:
         if (self.extraction is None) == (self.data is None):
             raise ValueError("give either extraction or data")
+        if self.labels is None and (self.data is None or self.data.dataset is None):
+            raise ValueError("give labels, one a row; only a dataset in data may bring its own")
         return self
 
 

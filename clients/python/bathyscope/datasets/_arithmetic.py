@@ -1,21 +1,11 @@
-"""Statements and questions to ask a model, made here: no download, the same for the same seed.
-
-```python
-questions = bathyscope.datasets.arithmetic(400, difficulty=2)
-states = client.extractions.create(model="smollm2", inputs=questions, score_choices=True).wait()
-probe = client.probes.create(extraction=states, labels="correct").wait()
-```
-"""
+"""Sums and differences with choices, made here: no download, the same for the same seed."""
 
 from __future__ import annotations
 
 import random
 from typing import TypedDict
 
-from bathyscope._capitals import Statement, capitals
 from bathyscope.errors import InvalidRequest
-
-__all__ = ["Question", "Statement", "arithmetic", "capitals"]
 
 CHOICES = 4
 
