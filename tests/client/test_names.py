@@ -46,7 +46,8 @@ def test_the_exported_names_are_these() -> None:
 def test_importing_it_loads_nothing_heavy() -> None:
     code = (
         "import sys, bathyscope; "
-        "heavy = {'numpy', 'tinker', 'rich', 'safetensors', 'torch', 'typer', 'fastapi', 'redis', 'matplotlib'}; "
+        "heavy = {'numpy', 'tinker', 'rich', 'safetensors', 'torch', 'typer', 'fastapi', 'redis', 'matplotlib', "
+        "'datasets', 'pyarrow'}; "
         "assert not heavy & set(sys.modules), heavy & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
@@ -58,6 +59,7 @@ def test_importing_it_loads_nothing_heavy() -> None:
         (_fields.WorkFields, types.WorkRequest, set()),
         (_fields.LoadFields, types.LoadRequest, set()),
         (_fields.AdapterFields, types.AdapterFields, set()),
+        (_fields.DatasetFields, types.DatasetFields, set()),
         (_fields.ExtractionFields, types.ExtractionRequest, set()),
         (_fields.ProbeFields, types.ProbeRequest, set()),
         (_fields.PredictFields, types.PredictRequest, {"inputs", "extraction"}),
@@ -87,7 +89,7 @@ def test_both_clients_have_the_same_methods() -> None:
         (bathyscope.Probe, bathyscope.AsyncProbe),
         (bathyscope.Prediction, bathyscope.AsyncPrediction),
     ]
-    for noun in ("Models", "Adapters", "Extractions", "Probes", "Predictions", "Jobs"):
+    for noun in ("Models", "Adapters", "Datasets", "Extractions", "Probes", "Predictions", "Jobs"):
         pairs.append((getattr(_resources, noun), getattr(_async_resources, f"Async{noun}")))
     for blocking, awaiting in pairs:
         assert methods(blocking) == methods(awaiting)

@@ -200,7 +200,7 @@ def test_what_a_dataset_has_not(running: Stack, dataset: dict[str, Any], pointer
     assert word in answer.text
     assert "root:" not in answer.text
     assert running.client.get("/v1/jobs").json() == before
-    assert [path for path in (running.data_dir / "hub").iterdir() if path.is_dir()] == []
+    assert [path for path in (running.data_dir / "hub").glob("*") if path.is_dir()] == []
 
 
 def test_no_configuration_leads_to_another_address(running: Stack) -> None:

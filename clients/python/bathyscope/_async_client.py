@@ -10,6 +10,7 @@ import httpx2
 from bathyscope import _operations, types
 from bathyscope._async_resources import (
     AsyncAdapters,
+    AsyncDatasets,
     AsyncExtractions,
     AsyncJobs,
     AsyncModels,
@@ -52,6 +53,7 @@ class AsyncClient:
         self._connection = AsyncConnection(target, transport)
         self.models = AsyncModels(self._connection)
         self.adapters = AsyncAdapters(self._connection)
+        self.datasets = AsyncDatasets(self._connection)
         self.extractions = AsyncExtractions(self._connection)
         self.probes = AsyncProbes(self._connection)
         self.predictions = AsyncPredictions(self._connection)

@@ -58,7 +58,7 @@ class ExtractionFields(WorkFields, total=False):
 
     model: Required[str]
     inputs: Iterable[InputLike] | None
-    dataset: types.DatasetRef | Mapping[str, Any] | NamedDataset | None
+    dataset: types.DatasetRef | types.Dataset | NamedDataset | Mapping[str, Any] | str | None
     adapter: Reference | Iterable[str] | None
     quantization: types.Quantization
     layers: LayersLike
@@ -110,6 +110,15 @@ class ProbeFields(WorkFields, total=False):
     selectivity: bool
     target_fpr: float
     seed: int
+    metadata: Mapping[str, Any] | None
+
+
+class DatasetFields(TypedDict, total=False):
+    """`types.DatasetFields`."""
+
+    format: Literal["jsonl", "csv", "parquet"]
+    name: str | None
+    columns: Mapping[str, str] | None
     metadata: Mapping[str, Any] | None
 
 
@@ -166,12 +175,15 @@ def request(model: type[R], fields: Mapping[str, Any]) -> dict[str, Any]:
 
 def extraction_body(fields: Mapping[str, Any]) -> dict[str, Any]:
     """The body of `POST /v1/extractions`."""
-    return request(types.ExtractionRequest, _identified(fields, "adapter"))
+    return request(types.ExtractionRequest, _named(_identified(fields, "adapter")))
 
 
 def probe_body(fields: Mapping[str, Any]) -> dict[str, Any]:
     """The body of `POST /v1/probes`."""
-    return request(types.ProbeRequest, _identified(fields, "extraction"))
+    given = _identified(fields, "extraction")
+    if isinstance(given.get("data"), Mapping):
+        given["data"] = _named(given["data"])
+    return request(types.ProbeRequest, given)
 
 
 def predict_body(
@@ -200,6 +212,33 @@ def adapter_body(
     body = request(types.AdapterFields, given)
     texts = {name: value if isinstance(value, str) else json.dumps(value) for name, value in body.items()}
     return {}, FileUpload.of(file, texts)
+
+
+_SUFFIXES = {".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv", ".parquet": "parquet"}
+
+
+def dataset_upload(file: str | os.PathLike[str], fields: Mapping[str, Any]) -> FileUpload:
+    """The body of `POST /v1/datasets`; without a `format` the file's name says it."""
+    given = {name: value for name, value in fields.items() if value is not None}
+    if "format" not in given:
+        suffix = os.path.splitext(file)[1].lower()
+        if suffix not in _SUFFIXES:
+            raise InvalidRequest(f"{os.fspath(file)} ends in none of {', '.join(_SUFFIXES)}; give its format")
+        given["format"] = _SUFFIXES[suffix]
+    body = request(types.DatasetFields, given)
+    texts = {name: value if isinstance(value, str) else json.dumps(value) for name, value in body.items()}
+    return FileUpload.of(file, texts)
+
+
+def _named(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """`fields` whose `dataset` may be an id, a name or an uploaded dataset itself."""
+    given = dict(fields)
+    dataset = given.get("dataset")
+    if isinstance(dataset, types.Dataset):
+        given["dataset"] = {"id": dataset.id}
+    elif isinstance(dataset, str):
+        given["dataset"] = {"id" if dataset.startswith("ds_") else "name": dataset}
+    return given
 
 
 def _identified(fields: Mapping[str, Any], member: str) -> dict[str, Any]:

@@ -111,6 +111,16 @@ def submit(
     return answer.decode(types.Job)
 
 
+def send_file(
+    model: type[M], target: str, upload: FileUpload, retry: Retry, *, idempotency_key: str | None = None
+) -> Operation[M]:
+    """POST a file of which something is made at once."""
+    request = post(target, idempotency_key=idempotency_key)
+    typed = {**request.headers, "Content-Type": upload.content_type}
+    answer = yield from exchange(replace(request, headers=typed, body=None, upload=upload), retry)
+    return answer.decode(model)
+
+
 def cancel(job_id: str, retry: Retry) -> Operation[types.Job]:
     """Cancel a job; the answer shows it as it is then (`running` until the next batch ends)."""
     answer = yield from exchange(post(path("v1", "jobs", job_id, "cancel")), retry)

@@ -12,6 +12,7 @@ from bathyscope._connection import Connection
 from bathyscope._extractions import Extraction
 from bathyscope._fields import (
     AdapterFields,
+    DatasetFields,
     ExtractionFields,
     InputLike,
     LoadFields,
@@ -19,6 +20,7 @@ from bathyscope._fields import (
     ProbeFields,
     Reference,
     adapter_body,
+    dataset_upload,
     extraction_body,
     identify,
     predict_body,
@@ -112,6 +114,45 @@ class Adapters(_Namespace):
     def list(self, limit: int | None = None) -> Iterator[Adapter]:
         """One's adapters, newest first."""
         return self._list(Adapter, path("v1", "adapters"), limit)
+
+
+class Datasets(_Namespace):
+    """Rows that are uploaded once and named in requests."""
+
+    def create(
+        self,
+        *,
+        file: str | os.PathLike[str],
+        idempotency_key: str | None = None,
+        **fields: Unpack[DatasetFields],
+    ) -> types.Dataset:
+        """Send a file of rows: JSONL, CSV or Parquet, as its name or `format` says. `columns` says which column is the
+        `input` (or `prompt`, `choices`, `answer`), the `label`, the `group`, the `split`.
+
+        Raises `InvalidRequest` that says which lines are faulty; nothing is kept then.
+        """
+        upload, retry = dataset_upload(file, fields), self._connection.retry
+        send = _operations.send_file(
+            types.Dataset, path("v1", "datasets"), upload, retry, idempotency_key=idempotency_key
+        )
+        return self._connection.run(send)
+
+    def get(self, dataset_id: str) -> types.Dataset:
+        """One dataset, without its rows."""
+        dataset: types.Dataset = self._get(types.Dataset, path("v1", "datasets", dataset_id))
+        return dataset
+
+    def delete(self, dataset_id: str) -> None:
+        """Delete a dataset; what was made with it stays."""
+        self._delete(path("v1", "datasets", dataset_id))
+
+    def rows(self, dataset: Reference, limit: int | None = None) -> Iterator[types.DatasetRow]:
+        """Its rows, in the order of the file."""
+        return self._list(types.DatasetRow, path("v1", "datasets", identify(dataset), "rows"), limit)
+
+    def list(self, limit: int | None = None) -> Iterator[types.Dataset]:
+        """One's datasets, newest first."""
+        return self._list(types.Dataset, path("v1", "datasets"), limit)
 
 
 class Extractions(_Namespace):

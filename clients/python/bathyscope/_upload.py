@@ -32,7 +32,7 @@ class FileUpload:
         except OSError as error:
             raise InvalidRequest(f"{found} cannot be read: {error.strerror}") from error
         if not found.is_file():
-            raise InvalidRequest(f"{found} is no file; pack an adapter's folder as tar, tar.gz or zip")
+            raise InvalidRequest(f"{found} is no file; an adapter's folder is packed as tar, tar.gz or zip")
         return cls(found, fields, size)
 
     @property
@@ -69,7 +69,7 @@ class FileUpload:
             for name, value in self.fields.items()
         ]
         file = (
-            f'--{self.boundary}\r\nContent-Disposition: form-data; name="file"; filename="adapter"\r\n'
+            f'--{self.boundary}\r\nContent-Disposition: form-data; name="file"; filename="upload"\r\n'
             "Content-Type: application/octet-stream\r\n\r\n"
         )
         return "".join([*parts, file]).encode()

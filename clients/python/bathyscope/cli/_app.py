@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from bathyscope._version import package_version
-from bathyscope.cli import _adapters, _demo, _extract, _health, _jobs, _keys, _models, _server, _store, _up
+from bathyscope.cli import _adapters, _datasets, _demo, _extract, _health, _jobs, _keys, _models, _server, _store, _up
 from bathyscope.errors import BathyscopeError
 
 app = typer.Typer(
@@ -29,6 +29,7 @@ app.command("worker")(_server.worker)
 app.command("health")(_health.health)
 app.add_typer(_models.app, name="models")
 app.add_typer(_adapters.app, name="adapters")
+app.add_typer(_datasets.app, name="datasets")
 app.add_typer(_jobs.app, name="jobs")
 app.add_typer(_keys.app, name="keys")
 app.add_typer(_store.app, name="store")
