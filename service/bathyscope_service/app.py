@@ -16,6 +16,7 @@ from bathyscope_service import openapi, problems
 from bathyscope_service.adapters.endpoints import router as adapters
 from bathyscope_service.auditing import Audit
 from bathyscope_service.context import Context, Places
+from bathyscope_service.dashboard.endpoints import router as dashboard
 from bathyscope_service.datasets.endpoints import router as datasets
 from bathyscope_service.extractions.endpoints import router as extractions
 from bathyscope_service.guards import Guard
@@ -75,6 +76,6 @@ def create_app(settings: Settings, *, loopback: bool) -> FastAPI:
     app.add_middleware(Audit)
     app.add_middleware(Observe)
     app.add_middleware(Head)
-    for router in (adapters, datasets, extractions, probes, plots, models, tinker, jobs, system, later):
+    for router in (adapters, datasets, extractions, probes, plots, models, tinker, jobs, system, later, dashboard):
         app.include_router(router)
     return app

@@ -25,7 +25,7 @@ _HOOKS = Path(__file__).with_name("schema_hooks.py")
 
 @pytest.fixture(scope="module")
 def noop(tmp_path_factory: pytest.TempPathFactory, models: str) -> Iterator[Stack]:
-    with stack(tmp_path_factory.mktemp("schema"), noop=True, models=models) as running:
+    with stack(tmp_path_factory.mktemp("schema"), noop=True, models=models, datasets__hub=False) as running:
         yield running
 
 

@@ -6,12 +6,14 @@ import asyncio
 import contextlib
 import hashlib
 import os
+import shutil
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import orjson
 
@@ -24,11 +26,19 @@ from bathyscope_backplane.settings import Settings
 
 _PIECE_BYTES = 1 << 20
 _LAST_BYTES = 1 << 16
+_AT_ONCE = 2
+"""Datasets that one process has read at the same time; others wait."""
+
+_LONG_AGO = 3600
+"""Seconds after which a folder in the making is that of a dead process."""
+
 _TIMES = 4
 """Bytes of memory for a byte of the lines, read."""
 
 _PASSED = ("PATH", "HOME", "LANG", "LC_ALL", "PYTHONPATH", "VIRTUAL_ENV", "SSL_CERT_FILE", "REQUESTS_CA_BUNDLE")
 _PROXIES = ("HTTPS_PROXY", "HTTP_PROXY", "NO_PROXY", "https_proxy", "http_proxy", "no_proxy", "HF_ENDPOINT")
+
+_places: WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Semaphore] = WeakKeyDictionary()
 
 
 async def read_hub(settings: Settings, ref: DatasetRef, hold: Callable[[int], None]) -> Rows:
@@ -46,6 +56,13 @@ async def read_hub(settings: Settings, ref: DatasetRef, hold: Callable[[int], No
         if time.time() - kept.stat().st_mtime < settings.datasets.cache_hours * 3600:
             return await _rows(kept, ref, most, hold)
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    places = _places.setdefault(asyncio.get_running_loop(), asyncio.Semaphore(_AT_ONCE))
+    async with places:
+        return await _read(settings, ref, kept, most, hold)
+
+
+async def _read(settings: Settings, ref: DatasetRef, kept: Path, most: int, hold: Callable[[int], None]) -> Rows:
+    folder = kept.parent
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         found = Path(scratch) / "rows"
         await _fetch(settings, ref, found, most + 1)
@@ -145,9 +162,13 @@ def _trim(folder: Path, most: int) -> None:
     found = []
     for path in folder.iterdir():
         with contextlib.suppress(OSError):
-            found.append((path.stat().st_mtime, path.stat().st_size, path))
+            status = path.stat()
+            if path.is_file():
+                found.append((status.st_mtime, status.st_size, path))
+            elif time.time() - status.st_mtime > _LONG_AGO:
+                shutil.rmtree(path, ignore_errors=True)
     size = 0
-    for _, bytes_, path in sorted((one for one in found if one[2].is_file()), reverse=True):
+    for _, bytes_, path in sorted(found, reverse=True):
         size += bytes_
         if size > most:
             path.unlink(missing_ok=True)

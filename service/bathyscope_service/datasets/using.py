@@ -12,6 +12,7 @@ from bathyscope.errors import FieldError, InvalidRequest
 from bathyscope.types import DatasetRef, ExtractionRequest, Input, ProbeRequest
 from bathyscope_backplane.datasets.resolving import dataset_rows
 from bathyscope_backplane.keys import ApiKey
+from bathyscope_service.auditing import concerns
 from bathyscope_service.context import Context, Memory
 from bathyscope_service.extractions.checks import refuse_rows
 from bathyscope_service.problems import pointing
@@ -24,6 +25,7 @@ async def rows_of(context: Context, request: Request, caller: ApiKey, memory: Me
 
     Raises `NotFound`, `Expired`, `InvalidRequest`, `DatasetOutOfReach`, `TooLarge`, `QuotaExceeded` and `NotBuilt`.
     """
+    concerns(request, ref.id)
     held = memory.held
     rows = await dataset_rows(context.plane, ref, None if caller.admin else caller.id, memory.hold)
     refuse_rows(len(rows), context.plane.settings.limits.max_rows)

@@ -17,7 +17,7 @@ from bathyscope.errors import (
     StateConflict,
     Unavailable,
 )
-from bathyscope.types import ProbeRequest
+from bathyscope.types import ExtractionRequest, ProbeRequest
 from bathyscope_backplane.ids import new_id
 from bathyscope_backplane.keys import ApiKey
 from bathyscope_backplane.one_answer import refuse_one_answer
@@ -111,7 +111,7 @@ async def probe_work(context: Context, request: Request, caller: ApiKey, body: P
                 **body.model_dump(exclude={"labels", "groups", "split", "data", "webhook"}, exclude_defaults=True),
                 "extraction": extraction_id,
                 "labels": "correct" if body.labels == "correct" else len(labels),
-                **({"data": {"inputs": rows}} if body.data is not None else {}),
+                **({"data": _data(body.data, rows)} if body.data is not None else {}),
             },
             resource_id=new_id("prb"),
             priority=body.priority,
@@ -121,6 +121,12 @@ async def probe_work(context: Context, request: Request, caller: ApiKey, body: P
         ),
         made_here,
     )
+
+
+def _data(data: ExtractionRequest, rows: int | None) -> dict[str, Any]:
+    """What clients see of a probe's `data`."""
+    named = {} if data.dataset is None else {"dataset": data.dataset.model_dump(exclude_defaults=True)}
+    return {"inputs": rows, **named}
 
 
 def _asked(adapter: str | list[str] | None, variant: str | None) -> int | None:
