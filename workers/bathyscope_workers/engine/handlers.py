@@ -27,6 +27,7 @@ Handler = Callable[..., dict[str, Any]]
 
 CPU_HANDLERS: dict[str, str] = {
     "adapter": "bathyscope_workers.engine.adapter_handlers:convert",
+    "comparison": "bathyscope_workers.engine.comparison_handlers:run",
     "prediction": "bathyscope_workers.engine.prediction_handlers:predict_stored",
     "probe": "bathyscope_workers.engine.probe_handlers:train",
 }

@@ -219,8 +219,11 @@ def _check_finite(finite: NDArray[np.bool_]) -> None:
         )
 
 
-def fit_layer(states: NDArray[Any], index: int, plan: Plan) -> LayerResult:
-    """Fit, choose and score one layer (the `index`-th of the states). Raises `JobCancelled` once `plan.stop` is set."""
+def fit_layer(states: NDArray[Any], index: int, plan: Plan, keep: list[Fit] | None = None) -> LayerResult:
+    """Fit, choose and score one layer (the `index`-th of the states). Raises `JobCancelled` once `plan.stop` is set.
+
+    To `keep` goes each fold's fit, with the penalty that it chose.
+    """
     X, y, estimator = plan.states(states, index), plan.targets.y, plan.estimator
     held = plan.folds.held_out
     paths = [plan.blank(len(y)) for _ in estimator.penalties]
@@ -230,7 +233,8 @@ def fit_layer(states: NDArray[Any], index: int, plan: Plan) -> LayerResult:
     calibrated = raw if plan.calibration == "none" else np.empty_like(raw)
     fits = fit_sets(estimator, X, plan, _training_sets(plan))
     for fold, (train, test) in enumerate(plan.folds):
-        for penalty, fit in enumerate(next(fits)):
+        path = next(fits)
+        for penalty, fit in enumerate(path):
             paths[penalty][test] = fit.decision_function(X[test])
             converged = converged and fit.converged
         verdict = Judgement(0, float("nan"), float("nan"), np.zeros(0))
@@ -240,9 +244,11 @@ def fit_layer(states: NDArray[Any], index: int, plan: Plan) -> LayerResult:
         raw[test] = plan.read(scores)
         if plan.calibration != "none":
             calibrated[test] = fit_calibrator(plan.calibration, verdict.scores, y[train]).apply(scores)
+        if keep is not None:
+            keep.append(path[verdict.penalty])
         chosen.append(verdict.penalty)
         judged.append((verdict.main, verdict.loss))
-    losses = [plan.loss(y[held], plan.read(path[held])) for path in paths]
+    losses = [plan.loss(y[held], plan.read(scores[held])) for scores in paths]
     before: dict[str, Figure] = {}
     if plan.calibration != "none":
         before = metrics.score(

@@ -29,7 +29,9 @@ BINS = 15
 """Bins of the expected calibration error (Guo et al. 2017)."""
 
 _LEVEL = 95.0
-_BIASED = ("ece", "ece_equal_mass")
+BIASED = ("ece", "ece_equal_mass")
+"""Those that noise can only raise; see `figure`."""
+
 _HIGHEST = {"nll": float("inf"), "brier": 2.0}
 
 Statistic = Callable[[Floats], Floats]
@@ -271,6 +273,26 @@ def cross_validation_spread(folds: int) -> float:
     return float(np.sqrt(1 + (folds - 1) / folds))
 
 
+def statistics_of(
+    y: Codes, probabilities: Floats, *, strata: Codes | None = None, target_fpr: float | None = None
+) -> dict[str, Statistic]:
+    """The metrics of `score`, by name, as functions of row weights."""
+    statistics: dict[str, Statistic] = {
+        "auroc": auroc(y, probabilities, strata),
+        "average_precision": average_precision(y, probabilities, strata),
+        "accuracy": accuracy(y, probabilities),
+        "balanced_accuracy": balanced_accuracy(y, probabilities),
+        "brier": brier(y, probabilities),
+        "nll": nll(y, probabilities),
+        "ece": ece(y, probabilities),
+        "ece_equal_mass": ece(y, probabilities, equal_mass=True),
+    }
+    if target_fpr is not None and probabilities.shape[1] == 2:
+        ranking = Ranking(y == 1, probabilities[:, 1])
+        statistics["recall_at_fpr"] = lambda weights: ranking.recall_at_fpr(weights, target_fpr)
+    return statistics
+
+
 def score(
     y: Codes,
     probabilities: Floats,
@@ -286,25 +308,13 @@ def score(
     `recall_at_fpr` is there for binary predictions when `target_fpr` is given. See `figure` for `spread`. `only` names
     the metrics wanted; None is all.
     """
-    statistics: dict[str, Statistic] = {
-        "auroc": auroc(y, probabilities, strata),
-        "average_precision": average_precision(y, probabilities, strata),
-        "accuracy": accuracy(y, probabilities),
-        "balanced_accuracy": balanced_accuracy(y, probabilities),
-        "brier": brier(y, probabilities),
-        "nll": nll(y, probabilities),
-        "ece": ece(y, probabilities),
-        "ece_equal_mass": ece(y, probabilities, equal_mass=True),
-    }
-    if target_fpr is not None and probabilities.shape[1] == 2:
-        ranking = Ranking(y == 1, probabilities[:, 1])
-        statistics["recall_at_fpr"] = lambda weights: ranking.recall_at_fpr(weights, target_fpr)
+    statistics = statistics_of(y, probabilities, strata=strata, target_fpr=target_fpr)
     return {
         name: figure(
             statistic,
             len(y),
             resamples,
-            biased=name in _BIASED,
+            biased=name in BIASED,
             spread=spread,
             highest=_HIGHEST.get(name, 1.0),
         )

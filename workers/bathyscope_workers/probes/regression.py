@@ -71,11 +71,17 @@ def score_values(
 ) -> dict[str, Figure]:
     """Every metric of predicted values of `y`, both (rows,), by its name in the API."""
     rows, infinite = len(y), float("inf")
+    found = statistics_of(y, predicted, strata=strata)
     return {
-        "r2": figure(r2(y, predicted), rows, resamples, spread=spread, lowest=-infinite),
-        "mae": figure(mae(y, predicted), rows, resamples, spread=spread, highest=infinite),
-        "spearman": figure(spearman(y, predicted, strata), rows, resamples, spread=spread, lowest=-1.0),
+        "r2": figure(found["r2"], rows, resamples, spread=spread, lowest=-infinite),
+        "mae": figure(found["mae"], rows, resamples, spread=spread, highest=infinite),
+        "spearman": figure(found["spearman"], rows, resamples, spread=spread, lowest=-1.0),
     }
+
+
+def statistics_of(y: Floats, predicted: Floats, *, strata: Codes | None = None) -> dict[str, Statistic]:
+    """The metrics of `score_values`, by name, as functions of row weights."""
+    return {"r2": r2(y, predicted), "mae": mae(y, predicted), "spearman": spearman(y, predicted, strata)}
 
 
 class _Ranks:

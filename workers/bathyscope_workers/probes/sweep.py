@@ -13,11 +13,9 @@ more, and a layer's numbers then do not depend on how many processors there are.
 from __future__ import annotations
 
 import dataclasses
-import os
 import threading
 import warnings
 from collections.abc import Callable, Hashable, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,8 +26,7 @@ from sklearn.exceptions import ConvergenceWarning
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 from bathyscope._probe_file import thresholds_of
-from bathyscope._targets import Targets, encode_labels, refused
-from bathyscope.errors import JobCancelled
+from bathyscope._targets import encode_labels, refused
 from bathyscope_workers.probes import baselines as rivals
 from bathyscope_workers.probes.calibration import Calibrator, check_calibration, fit_calibrator
 from bathyscope_workers.probes.config import SweepConfig, check_estimator, check_numbers
@@ -45,21 +42,11 @@ from bathyscope_workers.probes.crossval import (
 from bathyscope_workers.probes.estimators import Estimator, Fit, make_estimator
 from bathyscope_workers.probes.estimators._base import Floats
 from bathyscope_workers.probes.model import FittedProbe
-from bathyscope_workers.probes.near_duplicates import near_duplicates
+from bathyscope_workers.probes.planning import ProgressCallback, Watch, chosen, each_layer, folds_for, plan_for
 from bathyscope_workers.probes.report import Report, Scores
-from bathyscope_workers.probes.resampling import Resamples
 from bathyscope_workers.probes.selectivity import selectivity
-from bathyscope_workers.probes.splits import Folds, inner_folds, input_keys, make_folds
+from bathyscope_workers.probes.splits import Folds
 from bathyscope_workers.probes.summary import Findings, estimator_settings, write_report
-
-ProgressCallback = Callable[[str, int, int, str], None]
-"""Called with (stage, done, total, unit), always from the thread that called `sweep`."""
-
-INNER_FOLDS = 3
-CALIBRATION_FOLDS = 5
-"""Inner folds where a calibrator learns from them: their probes then see nearly the rows that the calibrated one sees,
-and a probe is the surer of itself the fewer rows it has."""
-_POLL_SECONDS = 0.1
 
 
 @dataclass(frozen=True)
@@ -133,16 +120,16 @@ def sweep(
         covariance=config.covariance,
     )
     check_estimator(estimator, state_offsets is not None)
-    folds = _folds(targets, config, inputs, groups, split, input_keys)
-    plan = _plan(targets, folds, estimator, config, state_offsets, layers=len(layer_numbers))
-    watch = _Watch(progress, cancelled, plan.stop)
+    folds = folds_for(targets, config, inputs, groups, split, input_keys)
+    plan = plan_for(targets, folds, estimator, config, state_offsets, layers=len(layer_numbers))
+    watch = Watch(progress, cancelled, plan.stop)
     own = threading.get_ident()
     plan.resamples.check = lambda: watch.check() if threading.get_ident() == own else plan.stop_if_asked()
     with threadpool_limits(limits=1), warnings.catch_warnings():
         # Solvers warn through the interpreter's one list of filters; the report says what did not converge.
         warnings.simplefilter("ignore", ConvergenceWarning)
         warnings.simplefilter("ignore", LinAlgWarning)
-        results = _all_layers(states, plan, watch, config.threads)
+        results = each_layer(lambda index: fit_layer(states, index, plan), states.shape[1], plan, watch, config.threads)
         choice = choose_layers(results, folds)
         kept = _keep(states, results, choice, plan, watch)
         number = int(layer_numbers[kept.index])
@@ -153,7 +140,7 @@ def sweep(
             control = selectivity(
                 kept.estimator, kept.X, results[kept.index].raw, plan, layer=number, seed=config.seed, tick=watch.check
             )
-        predicted, raw = (_chosen(results, choice, plan, part) for part in ("predictions", "raw"))
+        predicted, raw = (chosen(results, choice, plan, part) for part in ("predictions", "raw"))
         found = Findings(
             plan=plan,
             layers={int(layer): result for layer, result in zip(layer_numbers, results, strict=True)},
@@ -208,31 +195,6 @@ class _Kept:
     """On out-of-fold scores of the same rows."""
 
 
-class _Watch:
-    """Progress outwards and cancellation inwards, both in the caller's thread."""
-
-    def __init__(
-        self,
-        progress: ProgressCallback | None,
-        cancelled: Callable[[], bool] | None,
-        stop: threading.Event,
-    ) -> None:
-        self._progress = progress
-        self._cancelled = cancelled
-        self._stop = stop
-
-    def check(self) -> None:
-        """Raise `JobCancelled` once the caller says so."""
-        if self._cancelled is not None and self._cancelled():
-            self._stop.set()
-            raise JobCancelled("The probe's training was cancelled.")
-
-    def report(self, stage: str, done: int, total: int, unit: str) -> None:
-        self.check()
-        if self._progress is not None:
-            self._progress(stage, done, total, unit)
-
-
 def _inputs(
     lengths: Sequence[int] | None,
     token_ids: NDArray[Any] | None,
@@ -253,72 +215,7 @@ def _inputs(
     )
 
 
-def _folds(
-    targets: Targets,
-    config: SweepConfig,
-    inputs: rivals.Inputs,
-    groups: Sequence[Any] | None,
-    split: Sequence[Any] | str | None,
-    keys: Sequence[Hashable] | None,
-) -> Folds:
-    near = None
-    if inputs.token_ids is not None and inputs.offsets is not None:
-        keys = input_keys(inputs.token_ids, inputs.offsets) if keys is None else keys
-        if config.near_duplicates is not None:
-            near = near_duplicates(inputs.token_ids, inputs.offsets, config.near_duplicates)
-    return make_folds(targets, folds=config.folds, groups=groups, split=split, keys=keys, near=near, seed=config.seed)
-
-
-def _plan(
-    targets: Targets,
-    folds: Folds,
-    estimator: Estimator,
-    config: SweepConfig,
-    state_offsets: NDArray[Any] | None,
-    *,
-    layers: int,
-) -> Plan:
-    inner = None
-    if layers > 1 or len(estimator.penalties) > 1 or config.calibration != "none":
-        parts = INNER_FOLDS if config.calibration == "none" else CALIBRATION_FOLDS
-        inner = [inner_folds(targets, folds, train, fold, folds=parts) for fold, (train, _) in enumerate(folds)]
-    held = folds.held_out
-    return Plan(
-        targets=targets,
-        folds=folds,
-        inner=inner,
-        estimator=estimator,
-        resamples=Resamples(len(held), config.bootstrap, seed=config.seed, clusters=folds.clusters[held]),
-        target_fpr=config.target_fpr,
-        calibration=config.calibration,
-        offsets=None if state_offsets is None else np.asarray(state_offsets, dtype=np.int64),
-        stop=threading.Event(),
-    )
-
-
-def _all_layers(states: NDArray[Any], plan: Plan, watch: _Watch, threads: int | None) -> list[LayerResult]:
-    total = states.shape[1]
-    workers = max(1, min(threads or _processors(), total))
-    for _ in plan.resamples.chunks():
-        break  # drawn once, before threads ask for it
-    watch.report("fitting", 0, total, "layers")
-    with ThreadPoolExecutor(workers, thread_name_prefix="probe-sweep") as pool:
-        futures = [pool.submit(fit_layer, states, index, plan) for index in range(total)]
-        try:
-            waiting: set[Future[LayerResult]] = set(futures)
-            while waiting:
-                done, waiting = wait(waiting, timeout=_POLL_SECONDS, return_when=FIRST_COMPLETED)
-                for future in done:
-                    future.result()
-                watch.report("fitting", total - len(waiting), total, "layers")
-        except BaseException:
-            plan.stop.set()
-            pool.shutdown(wait=True, cancel_futures=True)
-            raise
-    return [future.result() for future in futures]
-
-
-def _keep(states: NDArray[Any], results: list[LayerResult], choice: list[int], plan: Plan, watch: _Watch) -> _Kept:
+def _keep(states: NDArray[Any], results: list[LayerResult], choice: list[int], plan: Plan, watch: Watch) -> _Kept:
     """Choose, fit and calibrate the final probe; with a given test set by the training rows alone."""
     y = plan.targets.y
     if plan.has_test_set:
@@ -344,7 +241,7 @@ def _keep(states: NDArray[Any], results: list[LayerResult], choice: list[int], p
 
 
 def _baselines(
-    names: Sequence[str], kept: _Kept, inputs: rivals.Inputs, plan: Plan, watch: _Watch, seed: int
+    names: Sequence[str], kept: _Kept, inputs: rivals.Inputs, plan: Plan, watch: Watch, seed: int
 ) -> tuple[dict[str, Scores], list[str]]:
     """Scores by name, and what is to be said of one that is missing."""
     compared: dict[str, Scores] = {}
@@ -360,18 +257,3 @@ def _baselines(
         else:
             compared[name] = scores
     return compared, notes
-
-
-def _chosen(results: list[LayerResult], choice: list[int], plan: Plan, part: str) -> Floats:
-    """The predictions of the held-out rows, each fold's by the layer that it chose."""
-    predicted: Floats = np.empty_like(getattr(results[0], part))
-    for fold, layer in enumerate(choice):
-        mine = plan.strata == fold
-        predicted[mine] = getattr(results[layer], part)[mine]
-    return predicted
-
-
-def _processors() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1

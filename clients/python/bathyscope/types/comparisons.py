@@ -22,8 +22,8 @@ class ComparisonRequest(ExtractionOptions, WorkRequest):
     """A name of the caller's own."""
 
     variants: list[VariantName] | None = Field(default=None, min_length=1, max_length=64)
-    """What is compared on the same tokens: `base`, adapters by their ids, and `tinker://RUN/*` for every checkpoint of a
-    Tinker run, by step. The first is what the others are held against. Two or more, or a Tinker run."""
+    """What is compared on the same tokens: `base`, adapters by their ids, and `tinker://RUN/*` for every checkpoint of
+    a Tinker run, by step. The first is what the others are held against. Two or more, or a Tinker run."""
 
     quantizations: list[Quantization] | None = Field(default=None, min_length=2, max_length=3)
     """Instead of variants: quantizations of one model, the first what the others are held against."""
@@ -159,8 +159,8 @@ class VariantReport(AnswerModel):
 
 
 class Differences(AnswerModel):
-    """A variant's figures minus those of the first variant, with their paired bootstrap intervals: both are resampled by
-    the same rows, whole clusters at a time. Fields that a task lacks are null."""
+    """A variant's figures minus those of the first variant, with their paired bootstrap intervals: both are resampled
+    by the same rows, whole clusters at a time. Fields that a task lacks are null."""
 
     layer: int | None = None
     """Entry of the `hidden_states` tuple; null of the whole procedure."""
@@ -318,8 +318,8 @@ class ComparisonReport(AnswerModel):
     """Train on one, read another."""
 
     directions: list[LayerMatrix] = Field(default_factory=list)
-    """Cosines between the directions of the variants' probes, in the space of the raw states: the mean over the folds of
-    unit directions. Of linear probes only."""
+    """Cosines between the directions of the variants' probes, in the space of the raw states: of the means over the
+    folds of unit directions. Of linear probes only."""
 
     shift: list[VariantShift]
     """Of every variant but the first."""
