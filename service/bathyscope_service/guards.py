@@ -23,7 +23,7 @@ from bathyscope_service.problems import problem_response
 from bathyscope_service.remembered import Remembered
 
 _OPEN = {"/healthz", "/readyz", "/docs", "/docs/oauth2-redirect", "/openapi.json", "/"}
-_OPEN_FOLDERS = ("/static-offline-docs/", "/problems/")
+_OPEN_FOLDERS = ("/static-offline-docs/", "/problems/", "/dashboard/")
 
 
 class Guard:

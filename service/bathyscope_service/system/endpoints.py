@@ -169,16 +169,6 @@ async def problem(slug: str) -> Response:
     )
 
 
-@router.get("/", response_class=HTMLResponse, include_in_schema=False)
-async def front_page() -> Response:
-    """A signpost."""
-    return HTMLResponse(
-        "<!doctype html><html lang=en><title>Bathyscope</title><body><h1>Bathyscope</h1>"
-        "<p>Hidden states and probes of fine-tuned language models. See the <a href=/docs>API documentation</a>.</p>"
-        "</body></html>"
-    )
-
-
 def _version(package: str) -> str:
     try:
         return version(package)
