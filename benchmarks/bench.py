@@ -52,7 +52,7 @@ class Bench:
         return job.wait()
 
     def arithmetic(self, lengths: Sequence[int], top: int) -> Callable[[int], float]:
-        """Texts of these lengths a second that the matrix products up to a layer allow, as this machine does them now."""
+        """Texts of these lengths a second that the matrix products up to a layer allow, as done here now."""
         model = self.reference("float32").model
         per_text = arithmetic.work_of(model, top).of(lengths) / len(lengths)
         return lambda _round: arithmetic.matrix_rate(model, top) / per_text

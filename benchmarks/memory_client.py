@@ -1,7 +1,7 @@
 """The client of the memory rows, a process of its own: `python -m benchmarks.memory_client URL FOLDER TEXTS POOLING`.
 
-TEXTS is a JSON file: a list of texts for each request, the first of which warms up. Says `ready` when that is done. Then
-for each line that it reads it submits the next, waits, fetches, maps and sums up, and says what that took as JSON.
+TEXTS is a JSON file: a list of texts for each request, the first of which warms up. Says `ready` when that is done.
+Then for each line that it reads it submits the next, waits, fetches, maps and sums up, and says what that took as JSON.
 """
 
 from __future__ import annotations
