@@ -104,7 +104,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m benchmarks", description="Ratios, measured alternately in one run."
     )
     parser.add_argument("--only", action="append", choices=list(ROWS), help="this row; may be given again")
-    parser.add_argument("--full", action="store_true", help="the large sizes: about half an hour on two cores")
+    parser.add_argument("--full", action="store_true", help="the large sizes: over an hour on two cores")
     parser.add_argument(
         "--patience", type=float, default=10.0, help="seconds to wait for a quiet machine before a measurement (10)"
     )

@@ -15,9 +15,9 @@ from benchmarks.report import Comparison, Goal, Limit, Row
 from benchmarks.stack import MODEL, running
 
 LAYERS = [8, 15]
-TEXTS = (512, 2_000)
+TEXTS = (192, 2_000)
 """In the default run and in the full one."""
-ROUNDS = 3
+ROUNDS = 2
 TIMES = 50.0
 _ROOM = 4 * 2**30
 

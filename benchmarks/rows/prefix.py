@@ -21,8 +21,8 @@ from benchmarks.measure import Spread, alternately, over
 from benchmarks.reference import relative_errors
 from benchmarks.report import Comparison, Goal, Limit, Row
 
-QUESTIONS, HEADER_TOKENS, SHOTS, ROUNDS = 100, 600, 5, 3
-PLAIN = (16, QUESTIONS)
+QUESTIONS, HEADER_TOKENS, SHOTS, ROUNDS = 100, 600, 5, 2
+PLAIN = (8, QUESTIONS)
 """Questions that the engine without shared beginnings answers, in the default run and in the full one."""
 TIMES, EXACT = 4.0, 1e-5
 LAYERS = [8, 15]
