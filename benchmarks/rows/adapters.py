@@ -30,7 +30,7 @@ MANY, MANY_RANK, ATTACH_ROUNDS = 64, 8, 5
 TIMES, EXACT, GROWTH = 4.0, 1e-5, 1.25
 
 
-class _Switching:
+class Switching:
     """One adapter at a time in arrival order: PEFT, all adapters loaded, `set_adapter` wherever the next request is for
     another. Requests for one adapter that come in a row are one padded batch."""
 
@@ -67,7 +67,7 @@ def traffic(bench: Bench) -> Row:
     states: dict[str, dict[int, NDArray[np.float32]]] = {"mixed": {}, "switching": {}}
     with tempfile.TemporaryDirectory(prefix="bathyscope-bench-adapters-") as folder, adapters.engine(model) as engine:
         made = adapters.make(model, Path(folder), count=ADAPTERS, rank=RANK)
-        switching = _Switching(type(reference.model).from_pretrained(model, dtype=torch.float32), made)
+        switching = Switching(type(reference.model).from_pretrained(model, dtype=torch.float32), made)
         layer = reference.model.config.num_hidden_layers
 
         def work(number: int) -> list[Any]:
