@@ -20,7 +20,7 @@ from benchmarks.stack import MODEL, Stack, running
 
 JOBS = (1_000, 5_000)
 """Of a round, in the default run and in the full one."""
-ROUNDS = (2, 3)
+ROUNDS = 3
 CLIENTS = 8
 RATE = 500.0
 KEPT_SECONDS = 5.0
@@ -39,7 +39,7 @@ def run(bench: Bench) -> Row:
     ):
         own = [*bench.own(), *stack.processes().values()]
         with ForeignLoad(own) as load:
-            for number in range(ROUNDS[1 if bench.full else 0]):
+            for number in range(ROUNDS):
                 wait_until_quiet(own, bench.patience)
                 rate, seconds = _round(stack, jobs)
                 left.append(_left(server))
