@@ -17,22 +17,24 @@ _WIDTHS = (256, 512, 1024)
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What the lowest blocks of a decoder need, without padding, output head or cache."""
+    """What the lowest blocks of a model need, without padding, output head or cache."""
 
     projections: int
     """Multiply-adds of the matrices of these blocks, for each token."""
     attention: int
     """Multiply-adds for each pair of a token and one it sees: the score and the weighted sum, over all heads."""
+    causal: bool = True
+    """A token sees itself and those before it; otherwise all."""
 
     def of(self, lengths: Sequence[int]) -> int:
-        """Multiply-adds for texts of these lengths (tokens); a token sees itself and those before it."""
-        pairs = sum(length * (length + 1) // 2 for length in lengths)
+        """Multiply-adds for texts of these lengths (tokens)."""
+        pairs = sum(length * (length + 1) // 2 if self.causal else length**2 for length in lengths)
         return self.projections * sum(lengths) + self.attention * pairs
 
 
 def blocks_of(model: Any, top: int) -> list[nn.Module]:
     """The blocks that `hidden_states[top]` needs."""
-    return list(model.get_decoder().layers[:top])
+    return list((model.encoder.layer if _is_encoder(model) else model.get_decoder().layers)[:top])
 
 
 def work_of(model: Any, top: int) -> Work:
@@ -40,7 +42,8 @@ def work_of(model: Any, top: int) -> Work:
     config = model.config
     per_head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     matrices = [matrix for block in blocks_of(model, top) for matrix in _matrices(block)]
-    return Work(sum(matrix.numel() for matrix in matrices), 2 * top * config.num_attention_heads * per_head)
+    attention = 2 * top * config.num_attention_heads * per_head
+    return Work(sum(matrix.numel() for matrix in matrices), attention, causal=not _is_encoder(model))
 
 
 @torch.inference_mode()
@@ -64,6 +67,10 @@ def matrix_rate(model: Any, top: int) -> float:
         # The first warms up. The best of the rest: a limit is what the machine can do, not what it did on average.
         best = max(best, rows * sum(matrix.numel() for matrix in matrices) / min(passes[1:]))
     return best
+
+
+def _is_encoder(model: Any) -> bool:
+    return hasattr(model, "encoder")
 
 
 def _matrices(block: nn.Module) -> list[torch.Tensor]:

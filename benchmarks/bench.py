@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from rich.console import Console
@@ -10,6 +11,7 @@ from rich.console import Console
 import bathyscope
 from bathyscope import Extraction
 from bathyscope.types import ComputeDtype
+from benchmarks import arithmetic
 from benchmarks.reference import Reference
 from benchmarks.stack import MODEL, Stack
 
@@ -48,6 +50,12 @@ class Bench:
             wait=wait, model=MODEL, inputs=texts, layers=layers or "all", pooling="last", compute_dtype=dtype
         )
         return job.wait()
+
+    def arithmetic(self, lengths: Sequence[int], top: int) -> Callable[[int], float]:
+        """Texts of these lengths a second that the matrix products up to a layer allow, as done here now."""
+        model = self.reference("float32").model
+        per_text = arithmetic.work_of(model, top).of(lengths) / len(lengths)
+        return lambda _round: arithmetic.matrix_rate(model, top) / per_text
 
     def own(self) -> list[int]:
         """The processes whose work is no disturbance."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 
-_WORDS: list[str] = """
+WORDS: list[str] = """
 about above across after again against almost along already always among animal answer appear around arrive autumn
 because become before begin behind believe below between beyond boat body both bottom bread break bridge bring brother
 build carry catch cause centre century change child choose circle city clear climb close cloud coast cold colour come
@@ -29,6 +29,7 @@ tell thing think third thousand through time today together town trade travel tr
 village voice wait walk wall want warm watch water wave weather west what wheel while white whole wide wild wind
 window winter wire wood word work world write year young
 """.split()  # noqa: SIM905  a list would take a line a word
+"""Of which all texts are made."""
 
 LENGTHS = (5, 170)
 """Tokens of the shortest and the longest text of the mixed corpus."""
@@ -68,4 +69,4 @@ def _text(rng: random.Random, length: int, count_tokens: Callable[[str], int]) -
 
 
 def _sentence(rng: random.Random, words: int) -> str:
-    return " ".join(rng.choice(_WORDS) for _ in range(words)).capitalize() + "."
+    return " ".join(rng.choice(WORDS) for _ in range(words)).capitalize() + "."

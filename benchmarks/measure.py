@@ -43,15 +43,19 @@ class Spread:
         """The greatest; of twenty values or more the upper quartile."""
         return statistics.quantiles(self.values, n=4)[2] if len(self.values) >= 20 else max(self.values)
 
-    def show(self, form: str = "{:.3g}") -> str:
-        """`median (low to high)`."""
+    def show(self, form: str = "") -> str:
+        """`median (low to high)`, with three digits that count unless `form` says otherwise."""
         if len(self.values) == 1:
-            return form.format(self.median)
-        return f"{form.format(self.median)} ({form.format(self.low)} to {form.format(self.high)})"
+            return _digits(self.median, form)
+        return f"{_digits(self.median, form)} ({_digits(self.low, form)} to {_digits(self.high, form)})"
 
     def as_json(self) -> dict[str, object]:
         """Median, spread and every value."""
         return {"median": self.median, "low": self.low, "high": self.high, "values": self.values}
+
+
+def _digits(value: float, form: str) -> str:
+    return form.format(value) if form else f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
 def over(numerators: Spread, denominators: Spread) -> Spread:

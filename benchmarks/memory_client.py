@@ -1,7 +1,7 @@
-"""The client of the memory row, a process of its own: `python -m benchmarks.memory_client URL COUNT FOLDER`.
+"""The client of the memory rows, a process of its own: `python -m benchmarks.memory_client URL FOLDER TEXTS POOLING`.
 
-Says `ready` when it has everything loaded and has fetched a small result, waits for a line, then submits, waits,
-fetches, maps and sums up, and says what that took as JSON.
+TEXTS is a JSON file: a list of texts for each request, the first of which warms up. Says `ready` when that is done.
+Then for each line that it reads it submits the next, waits, fetches, maps and sums up, and says what that took as JSON.
 """
 
 from __future__ import annotations
@@ -9,29 +9,32 @@ from __future__ import annotations
 import json
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 
 import bathyscope
-from benchmarks import corpus
+from bathyscope.types import Pooling
 from benchmarks.stack import MODEL
 
 _ROWS = 256
 
 
-def main(url: str, count: int, folder: str) -> None:
+def main(url: str, folder: str, file: str, pooling: Pooling) -> None:
     """Run it."""
+    warm, *requests = json.loads(Path(file).read_text())
     with bathyscope.Client(url, timeout=600.0, cache_dir=folder) as client:
-        _fetch(client, corpus.short(16, variant=8))
+        _fetch(client, warm, pooling)
         print("ready", flush=True)
-        sys.stdin.readline()
-        print(json.dumps(_fetch(client, corpus.short(count, variant=9))), flush=True)
+        for texts in requests:
+            sys.stdin.readline()
+            print(json.dumps(_fetch(client, texts, pooling)), flush=True)
         sys.stdin.readline()
 
 
-def _fetch(client: bathyscope.Client, texts: list[str]) -> dict[str, float]:
+def _fetch(client: bathyscope.Client, texts: list[str], pooling: Pooling) -> dict[str, float]:
     started = time.perf_counter()
-    job = client.extractions.create(model=MODEL, inputs=texts, layers="all", pooling="last", compute_dtype="float32")
+    job = client.extractions.create(model=MODEL, inputs=texts, layers="all", pooling=pooling, compute_dtype="float32")
     submitted = time.perf_counter()
     extraction = job.wait()
     ended = time.perf_counter()
@@ -52,4 +55,4 @@ def _fetch(client: bathyscope.Client, texts: list[str]) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), sys.argv[3])
+    main(sys.argv[1], sys.argv[2], sys.argv[3], sys.argv[4])  # type: ignore[arg-type]

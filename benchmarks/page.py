@@ -28,7 +28,8 @@ def write(path: Path, rows: Sequence[Row], machine: Mapping[str, Any]) -> None:
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
-    environment.filters["spread"] = lambda spread, form="{:.3g}": spread.show(form)
+    environment.filters["spread"] = lambda spread, form="": spread.show(form)
+    environment.filters["plain"] = _plain
     html = environment.get_template("page.html.j2").render(
         rows=rows,
         machine=machine,
@@ -36,6 +37,12 @@ def write(path: Path, rows: Sequence[Row], machine: Mapping[str, Any]) -> None:
         pictures=[_both(_ratios, rows), *([_both(_shares, rows)] if any(row.limits for row in rows) else [])],
     )
     path.write_text(html, encoding="utf-8")
+
+
+def _plain(value: object) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {one}" for name, one in value.items())
+    return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
 def _both(draw: Any, rows: Sequence[Row]) -> dict[str, str]:

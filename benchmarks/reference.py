@@ -58,6 +58,17 @@ class Reference:
         return _array(torch.cat(parts))
 
     @torch.inference_mode()
+    def all_tokens(self, texts: Sequence[str], size: int = 8) -> list[torch.Tensor]:
+        """All layers of all tokens in batches in the order given: of each text (tokens, layers, hidden)."""
+        found: list[torch.Tensor] = []
+        for start in range(0, len(texts), size):
+            batch = self.tokenizer(list(texts[start : start + size]), return_tensors="pt", padding=True)
+            states = torch.stack(self.model(**batch, output_hidden_states=True).hidden_states, 2)
+            lengths = batch["attention_mask"].sum(1).tolist()
+            found += [one[:length].clone() for one, length in zip(states, lengths, strict=True)]
+        return found
+
+    @torch.inference_mode()
     def partial(self, text: str, top: int) -> torch.Tensor:
         """The least that gives `hidden_states[top]` of one text: the lowest blocks, no output head, nothing copied."""
         ids = self.tokenizer(text, return_tensors="pt")["input_ids"]

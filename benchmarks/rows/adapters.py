@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import tempfile
 import time
 import warnings
@@ -20,16 +21,16 @@ from bathyscope_workers.models.residency import Residency
 from bathyscope_workers.models.spec import ModelSpec
 from benchmarks import adapters, corpus
 from benchmarks.bench import Bench
-from benchmarks.measure import Spread, alternately, over
+from benchmarks.measure import Spread, alternately, over, timed
 from benchmarks.reference import relative_errors
-from benchmarks.report import Comparison, Goal, Row
+from benchmarks.report import Comparison, Goal, Limit, Row
 
 ADAPTERS, RANK, TEXTS, ROUNDS = 8, 16, 96, 3
 MANY, MANY_RANK, ATTACH_ROUNDS = 64, 8, 5
 TIMES, EXACT, GROWTH = 4.0, 1e-5, 1.25
 
 
-class _Switching:
+class Switching:
     """One adapter at a time in arrival order: PEFT, all adapters loaded, `set_adapter` wherever the next request is for
     another. Requests for one adapter that come in a row are one padded batch."""
 
@@ -66,7 +67,7 @@ def traffic(bench: Bench) -> Row:
     states: dict[str, dict[int, NDArray[np.float32]]] = {"mixed": {}, "switching": {}}
     with tempfile.TemporaryDirectory(prefix="bathyscope-bench-adapters-") as folder, adapters.engine(model) as engine:
         made = adapters.make(model, Path(folder), count=ADAPTERS, rank=RANK)
-        switching = _Switching(type(reference.model).from_pretrained(model, dtype=torch.float32), made)
+        switching = Switching(type(reference.model).from_pretrained(model, dtype=torch.float32), made)
         layer = reference.model.config.num_hidden_layers
 
         def work(number: int) -> list[Any]:
@@ -99,6 +100,7 @@ def traffic(bench: Bench) -> Row:
         mixed(99)
         switching.run(work(99)[:4])
         contenders = {"mixed": mixed, "single": single, "base": base, "switching": one_at_a_time}
+        contenders["limit"] = bench.arithmetic([len(ids) for _, ids in work(0)], layer)
         found = alternately(ROUNDS, contenders, own=bench.own(), patience=bench.patience)
     errors = np.concatenate(
         [
@@ -132,6 +134,7 @@ def traffic(bench: Bench) -> Row:
         Goal(f">= {TIMES:g} x switching in arrival order", against.show("{:.2f}"), against.median >= TIMES),
         Goal(f"max relative error <= {EXACT:g}", f"{errors.max():.2g}", bool(errors.max() <= EXACT)),
     ]
+    row.limits = [Limit("matrix products of the base, all blocks", over(found["mixed"], found["limit"]))]
     row.notes = [f"{bench.threads} threads each; {found.said()}; all layers, the last token's state"]
     row.details = {"all_rounds": {"values": found.values, "foreign_cores": found.foreign, "kept": found.kept}}
     return row
@@ -155,6 +158,7 @@ def attach(bench: Bench) -> Row:
             seconds.append(taken)
             for one in made:
                 resident.adapters.detach(one.digest)
+        whole = Spread([1e3 * timed(lambda one=one: _hashed(one.folder)) for one in made[-ATTACH_ROUNDS:]])
     second, last = Spread([taken[1] for taken in seconds]), Spread([taken[-1] for taken in seconds])
     growth = last.median / second.median
     row = Row(
@@ -162,7 +166,12 @@ def attach(bench: Bench) -> Row:
         title=f"attaching an adapter (rank {MANY_RANK}, every matrix) to a resident that has others",
         comparisons=[Comparison("the 64th", "the 2nd", "ms", last, second, over(last, second))],
         goals=[Goal(f"median of the 64th <= {GROWTH:g} x that of the 2nd", f"{growth:.2f}", growth <= GROWTH)],
+        limits=[Limit("reading and hashing its bytes, nothing else", over(whole, last))],
         details={"milliseconds": seconds},
     )
     row.notes = [f"{ATTACH_ROUNDS} rounds of {MANY} adapters; read, verified by digest, copied into one allocation"]
     return row
+
+
+def _hashed(folder: Path) -> str:
+    return hashlib.sha256((folder / "adapter_model.safetensors").read_bytes()).hexdigest()

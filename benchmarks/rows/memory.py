@@ -6,7 +6,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -40,29 +40,35 @@ def run(bench: Bench) -> Row:
         rate.add(arithmetic.matrix_rate(reference.model, top))
 
     time_loop()
-    with _client(bench, count) as client:
+    with client_process(bench, [corpus.short(16, variant=8), texts], "last") as client:
         time.sleep(1.5)
-        pids = bench.stack.processes()
-        groups = {
-            "service": [pids["service"]],
-            "worker": [pids[role] for role in ("supervisor", "model engine", "cpu engine") if role in pids],
-            "client": [client.pid],
-            "supervisor": [pids["supervisor"]],
-            "model engine": [pids["model engine"]],
-            "valkey": [pids["valkey"]],
-        }
-        with Watch(groups) as watch:
-            told = _tell(client)
+        with Watch(groups_of(bench, client.pid)) as watch:
+            told = ask(client)
             time.sleep(0.2)
     time_loop()
     lengths = [reference.count(text) for text in texts]
     return _row(bench, watch, told, loop, rate, arithmetic.work_of(reference.model, top).of(lengths), count)
 
 
+def groups_of(bench: Bench, client: int) -> dict[str, list[int]]:
+    """The processes whose memory is watched."""
+    pids = bench.stack.processes()
+    return {
+        "service": [pids["service"]],
+        "worker": [pids[role] for role in ("supervisor", "model engine", "cpu engine") if role in pids],
+        "client": [client],
+        "supervisor": [pids["supervisor"]],
+        "model engine": [pids["model engine"]],
+        "valkey": [pids["valkey"]],
+    }
+
+
 @contextmanager
-def _client(bench: Bench, count: int) -> Iterator[subprocess.Popen[str]]:
-    """The client process, warm."""
-    words = [bench.stack.url, str(count), str(bench.stack.data_dir / "memory-client")]
+def client_process(bench: Bench, requests: Sequence[Sequence[str]], pooling: str) -> Iterator[subprocess.Popen[str]]:
+    """A client in a process of its own, warm by the first of these requests."""
+    file = bench.stack.data_dir / "memory-client.json"
+    file.write_text(json.dumps(requests))
+    words = [bench.stack.url, str(bench.stack.data_dir / "memory-client"), str(file), pooling]
     with subprocess.Popen(
         [sys.executable, "-m", "benchmarks.memory_client", *words],
         stdin=subprocess.PIPE,
@@ -78,7 +84,8 @@ def _client(bench: Bench, count: int) -> Iterator[subprocess.Popen[str]]:
             process.terminate()
 
 
-def _tell(process: subprocess.Popen[str]) -> dict[str, Any]:
+def ask(process: subprocess.Popen[str]) -> dict[str, Any]:
+    """Have it send its next request, and what it says of it."""
     assert process.stdin is not None
     assert process.stdout is not None
     process.stdin.write("go\n")

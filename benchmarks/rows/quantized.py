@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -13,7 +14,7 @@ from benchmarks import corpus
 from benchmarks.bench import Bench
 from benchmarks.measure import alternately, over
 from benchmarks.reference import States, relative_errors
-from benchmarks.report import Comparison, Goal, Row
+from benchmarks.report import Comparison, Goal, Limit, Row
 from benchmarks.stack import MODEL
 
 TEXTS = (24, 128)
@@ -44,9 +45,11 @@ def run(bench: Bench) -> Row:
         for variant in bench.client.models.get(MODEL).variants:
             if variant.quantization == name and variant.compute_dtype == "float32" and variant.memory_bytes:
                 memory[name] = variant.memory_bytes
-    found = alternately(
-        ROUNDS, {name: partial(ask, name) for name in QUANTIZATIONS}, own=bench.own(), patience=bench.patience
-    )
+    lengths = [count(text) for text in corpus.mixed(many, 1, count, 6_000)[0]]
+    limit = bench.arithmetic(lengths, max(LAYERS))
+    contenders: dict[str, Callable[[int], float]] = {name: partial(ask, name) for name in QUANTIZATIONS}
+    contenders["limit"] = lambda number: limit(number) * sum(lengths) / len(lengths)
+    found = alternately(ROUNDS, contenders, own=bench.own(), patience=bench.patience)
     rounds = sorted(states["none"])
     moved: dict[str, Any] = {}
     for name in QUANTIZATIONS[1:]:
@@ -64,11 +67,8 @@ def run(bench: Bench) -> Row:
             Comparison(name, "unquantized", "tokens/s", found[name], found["none"], over(found[name], found["none"]))
             for name in QUANTIZATIONS[1:]
         ],
-        goals=[
-            Goal(f"{name}: less memory", f"{memory[name] / memory['none']:.2f}", memory[name] < memory["none"])
-            for name in QUANTIZATIONS[1:]
-            if {name, "none"} <= memory.keys()
-        ],
+        limits=[Limit(f"float32 matrix products, {name}", over(found[name], found["limit"])) for name in QUANTIZATIONS],
+        goals=[_less(name, memory) for name in QUANTIZATIONS[1:]],
     )
     row.notes = [
         f"{name}: median relative error by layer "
@@ -83,6 +83,13 @@ def run(bench: Bench) -> Row:
         "all_rounds": {"values": found.values, "foreign_cores": found.foreign, "kept": found.kept},
     }
     return row
+
+
+def _less(name: str, memory: dict[str, int]) -> Goal:
+    what = f"{name}: less memory than unquantized"
+    if not {name, "none"} <= memory.keys():
+        return Goal(what, "the worker told no memory", met=False)
+    return Goal(what, f"{memory[name] / memory['none']:.2f} of it", memory[name] < memory["none"])
 
 
 def _cosine(one: States, other: States) -> np.ndarray[Any, np.dtype[np.float64]]:

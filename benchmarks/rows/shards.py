@@ -21,13 +21,13 @@ from benchmarks.stack import MODEL, Stack, running
 
 LAYERS = [8, 15]
 SHARDS = 12
-TEXTS = (600, 5_000)
+TEXTS = (240, 5_000)
 """Of the large job, in the default run and in the full one."""
-ROUNDS = 3
+ROUNDS = 2
 EXACT = 1e-5
 MOST, COST = 1.1, 1.05
 """Times of one worker: two of them with its threads in all, and one of them with the job split."""
-SMALL_TEXTS, SMALL = (1_500, 5_000), (24, 100)
+SMALL_TEXTS, SMALL = (800, 5_000), (24, 100)
 """Texts of the large job beside the small ones, and how many of these."""
 BATCHES = 2.0
 _TOLD_SECONDS = 6.0

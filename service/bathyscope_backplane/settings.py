@@ -165,7 +165,7 @@ class WorkerSettings(_Group):
     """Bound of resident models; by default 60 % of the machine's memory on CPU, 85 % of the card's on GPU."""
 
     batch_tokens: int | None = Field(default=None, ge=16)
-    """Tokens, padding included, of one forward pass; by default the engine's choice for the device."""
+    """Tokens, padding included, of one forward pass; by default what is measured when a model is loaded."""
 
     threads: int | None = Field(default=None, ge=1)
     """Threads of torch on CPU; by default the cores this process may use."""

@@ -330,12 +330,18 @@ def poison(running: Stack, adapters: list[str]) -> None:
 
 
 def cancel(running: Stack, adapter: str) -> None:
-    body = {"model": "tiny", "inputs": TEXTS * 200, "adapter": adapter, "layers": [4]}
-    job_id = running.post("/v1/extractions", body, wait=0).json()["id"]
-    while running.client.get(f"/v1/jobs/{job_id}").json()["progress"]["stage"] != "forward":
-        time.sleep(0.02)
-    running.client.post(f"/v1/jobs/{job_id}/cancel")
-    assert running.job(job_id)["status"] == "cancelled"
+    for attempt in range(20):
+        # Texts of their own, since equal ones would run once; short ones, since many bytes wait for the sweep.
+        inputs = [f"{attempt} fish {number}" for number in range(3000)]
+        body = {"model": "tiny", "inputs": inputs, "adapter": adapter, "layers": [4]}
+        job = running.post("/v1/extractions", body, wait=0).json()
+        while job["status"] in ("queued", "running") and job["progress"]["stage"] != "forward":
+            time.sleep(0.02)
+            job = running.client.get(f"/v1/jobs/{job['id']}").json()
+        if running.client.post(f"/v1/jobs/{job['id']}/cancel").status_code == 200:
+            assert running.job(job["id"])["status"] == "cancelled"
+            return
+    raise AssertionError("every job was done before it could be cancelled")
 
 
 def fail_to_attach(running: Stack, archive: bytes) -> None:

@@ -12,7 +12,6 @@ https://github.com/huggingface/safetensors#format
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import json
 import math
@@ -25,6 +24,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Protocol
 
+from bathyscope._digest import Digest
 from bathyscope._fields import plain
 from bathyscope._http import Answer, Attempts, Broken, Operation, Request, Retry, exchange, next_chunk, public, work
 from bathyscope.errors import BathyscopeError, InvalidRequest, UnexpectedAnswer
@@ -69,12 +69,21 @@ def download(request: Request, retry: Retry, sink_for: SinkFor, *, sha256: str |
 
     Raises `UnexpectedAnswer` when the whole does not have the SHA-256 given.
     """
+    with Digest(sha256) as digest:
+        sink = yield from _download(request, retry, sink_for, digest)
+        if not digest.fits():
+            text = f"{request.path}: what arrived is not the artifact, its SHA-256 is another; fetch again"
+            raise UnexpectedAnswer(text)
+        return sink
+
+
+def _download(request: Request, retry: Retry, sink_for: SinkFor, digest: Digest) -> Operation[Sink]:
     attempts = Attempts(retry)
     whole = replace(request, headers={"Accept": "*/*", "Accept-Encoding": "identity", **request.headers})
     head = yield from exchange(whole, attempts, stream=True)
     length = _length(head)
     sink = sink_for(length)
-    done, digest = 0, hashlib.sha256()
+    done = 0
     while True:
         cause: BathyscopeError | Broken = Broken(f"{request.path} ended after {done} of {length} bytes")
         try:
@@ -84,7 +93,7 @@ def download(request: Request, retry: Retry, sink_for: SinkFor, *, sha256: str |
                 done += len(chunk)
                 attempts.progressed()
             if length is None or done == length:
-                break
+                return sink
         except Broken as error:
             cause = error
         yield from attempts.pause(public(cause))
@@ -92,11 +101,9 @@ def download(request: Request, retry: Retry, sink_for: SinkFor, *, sha256: str |
         if _continues(answer, done):
             continue
         # The service sends it all again: another representation, or it serves no ranges.
-        head, length, done, digest = answer, _length(answer), 0, hashlib.sha256()
+        head, length, done = answer, _length(answer), 0
         sink.restart()
-    if sha256 is not None and digest.hexdigest() != sha256:
-        raise UnexpectedAnswer(f"{request.path}: what arrived is not the artifact, its SHA-256 is another; fetch again")
-    return sink
+        digest.restart()
 
 
 class SinkFor(Protocol):

@@ -189,11 +189,20 @@ class ArtifactStore:
         return memoryview(await self._run(obstore.get_range_async(self._store, key, start=start, end=end), end - start))
 
     async def stream(self, key: str, start: int, end: int) -> AsyncIterator[memoryview]:
-        """Bytes `[start, end)` in pieces of at most `CHUNK_BYTES`."""
-        while start < end:
-            stop = min(start + CHUNK_BYTES, end)
-            yield await self.read(key, start, stop)
-            start = stop
+        """Bytes `[start, end)` in pieces of at most `CHUNK_BYTES`, the next one read while the last is used."""
+        ahead: asyncio.Task[memoryview] | None = None
+        try:
+            while start < end:
+                stop = min(start + CHUNK_BYTES, end)
+                piece = await (self.read(key, start, stop) if ahead is None else ahead)
+                start, after = stop, min(stop + CHUNK_BYTES, end)
+                ahead = asyncio.create_task(self.read(key, start, after)) if start < end else None
+                yield piece
+        finally:
+            if ahead is not None:
+                ahead.cancel()
+                with suppress(BaseException):
+                    await ahead
 
     async def download(self, key: str, path: Path, *, span: tuple[int, int] | None = None) -> None:
         """Copy an object, or the bytes `[start, end)` of it, into a file."""

@@ -22,8 +22,9 @@ from bathyscope_workers.engine import answers, handlers
 from bathyscope_workers.engine.channel import Channel
 from bathyscope_workers.engine.problems import DeviceFault, problem_of
 from bathyscope_workers.engine.protocol import RunJob
+from bathyscope_workers.engine.readying import Readying
 from bathyscope_workers.engine.residents import Residents
-from bathyscope_workers.engine.scheduler import Active, Row, Scheduler, next_to_tokenise
+from bathyscope_workers.engine.scheduler import Active, Row, Scheduler
 from bathyscope_workers.engine.telling import Telling
 from bathyscope_workers.extraction.batch import run_batch, tokens_of
 from bathyscope_workers.extraction.cache import CacheOptions, RowCache
@@ -39,19 +40,13 @@ from bathyscope_workers.models.versions import versions
 
 _log = structlog.get_logger(__name__)
 
-CPU_BATCH_TOKENS = 512
-"""Small batches stay in the cache: 1024 were slower on CPU."""
-CUDA_BATCH_TOKENS = 16_384
-TOKENISE_SECONDS = 0.05
-"""Between two batches; a step begun is ended."""
-
 
 @dataclass(slots=True)
 class ModelEngineSettings:
     """Arguments of `python -m bathyscope_workers.engine --kind model`."""
 
     batch_tokens: int | None = None
-    """Padded tokens a batch; None chooses by device."""
+    """Padded tokens a batch; None leaves it to what was measured when the model was loaded."""
     memory_bytes: int | None = None
     """Bound of resident models; None is a share of what the device has."""
     force_cpu: bool = False
@@ -87,10 +82,10 @@ class ModelEngine:
             announce=self._tell.announce,
         )
         self.residency = self.residents.residency
-        default = CPU_BATCH_TOKENS if self.device.type == "cpu" else CUDA_BATCH_TOKENS
-        self.scheduler = Scheduler(batch_tokens=settings.batch_tokens or default)
+        self.scheduler = Scheduler(batch_tokens=settings.batch_tokens)
         self._jobs: dict[str, Active] = {}
         """In order of arrival."""
+        self._readying = Readying(self._jobs, self._tell, self._fail)
         self._stopping = False
 
     # --- the loop ---
@@ -114,11 +109,12 @@ class ModelEngine:
                 self._take_commands()
                 if self._jobs and not self._stopping:
                     self._start_jobs()
-                    self._tokenise()
+                    self._readying.before()
                     self._complete()
                     self._run_batch()
         finally:
             self._drop_all()
+            self._readying.close()
             self.renderer.close()
             if self.cache is not None:
                 self.cache.close()
@@ -225,33 +221,6 @@ class ModelEngine:
             raise errors.InternalError("the job names no model")
         return self.residency.spec(job.resident)
 
-    def _tokenise(self) -> None:
-        """Ready new jobs for the next batch, which they may share; bounded, as running jobs wait meanwhile."""
-        deadline = time.monotonic() + TOKENISE_SECONDS
-        while time.monotonic() < deadline:
-            waiting = [one for one in self._jobs.values() if one.extraction is not None and not one.tokenised]
-            if not waiting:
-                return
-            self._tokenise_step(next_to_tokenise(waiting))
-
-    def _tokenise_step(self, active: Active) -> None:
-        """The next inputs of one job."""
-        self._tell.announce([active.job.id])
-        started = active.last_served = time.monotonic()
-        with bound_contextvars(**active.job.names), active.stages.during("tokenise"):
-            try:
-                active.tokenised = active.running.tokenise_step()
-            except Exception as error:
-                self._fail(active, error)
-                return
-        active.timings["tokenise"] += time.monotonic() - started
-        if active.tokenised:
-            active.last_served = 0.0
-        else:
-            self._tell.beat()
-            extraction = active.running
-            self._tell.progress(active, "tokenise", extraction.read_inputs, extraction.total_inputs)
-
     def _run_batch(self) -> None:
         turn = self.scheduler.next_turn(self._jobs.values())
         if turn is None:
@@ -260,8 +229,8 @@ class ModelEngine:
         if not rows:
             self._answer(turn.leader)
             return
-        self._tell.announce(list(dict.fromkeys(one.active.job.id for one in rows)))
-        self._forward(rows)
+        with self._readying.beside(list(dict.fromkeys(one.active.job.id for one in rows))):
+            self._forward(rows)
         self._tell.beat()
         for active in dict.fromkeys(one.active for one in rows):
             if not self._is_active(active):

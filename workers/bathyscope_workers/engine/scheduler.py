@@ -84,9 +84,9 @@ class Turn:
 class Scheduler:
     """Picks the next batch among active jobs."""
 
-    def __init__(self, *, batch_tokens: int) -> None:
+    def __init__(self, *, batch_tokens: int | None) -> None:
         self.batch_tokens = batch_tokens
-        """Budget of padded tokens a batch."""
+        """Budget of padded tokens a batch; None is each resident's own."""
         self._turn = 0
         self._owner_turns: dict[str, int] = {}
 
@@ -190,7 +190,8 @@ class Scheduler:
 
     def budget(self, resident: Resident) -> int:
         """Padded tokens a batch of this resident may hold."""
-        return min(self.batch_tokens, resident.token_budget or self.batch_tokens)
+        own = self.batch_tokens or resident.facts.batch_tokens
+        return min(own, resident.token_budget or own)
 
     def _order(self, active: Active, now: float) -> tuple[int, int, int, float]:
         waited = now - (active.last_served or active.received)

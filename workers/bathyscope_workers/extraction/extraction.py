@@ -153,6 +153,32 @@ class Extraction:
 
     # --- tokens ---
 
+    @property
+    def reading(self) -> bool:
+        """Whether there are inputs left for `read_step`."""
+        return self.read_inputs < self.total_inputs
+
+    def read_step(self) -> bool:
+        """Tokenise the next inputs; True when there are more. May run beside a forward pass for others: of what they
+        share it uses the tokenizer alone. Raises as `tokenise_step` does."""
+        chunk = next(self._chunks, None)
+        if chunk is None:
+            return False
+        prepared = self._reader.prepare(self.read_inputs, chunk)
+        rows = self._reader.encode(prepared)
+        if self.questions is not None:
+            self.questions.read(chunk, prepared, rows)
+        if self._texts is not None:
+            self._texts.read(prepared, rows)
+        for index, ids in enumerate(rows, start=self.read_inputs):
+            if len(ids):
+                self._check_positions(index, len(ids))
+        self.read_inputs += len(chunk)
+        # One array a chunk: lists of millions of numbers would take eight times the memory.
+        self._rows.append(np.concatenate(rows) if rows else np.zeros(0, dtype=np.int32))
+        self._row_lengths += [len(ids) for ids in rows]
+        return self.reading
+
     def tokenise_step(self) -> bool:
         """Tokenise the next inputs; True when all are done and the result file is laid out.
 
@@ -161,23 +187,8 @@ class Extraction:
         """
         if self._reuse is not None:
             return self._look()
-        chunk = next(self._chunks, None)
-        if chunk is not None:
-            prepared = self._reader.prepare(self.read_inputs, chunk)
-            rows = self._reader.encode(prepared)
-            if self.questions is not None:
-                self.questions.read(chunk, prepared, rows)
-            if self._texts is not None:
-                self._texts.read(prepared, rows)
-            for index, ids in enumerate(rows, start=self.read_inputs):
-                if len(ids):
-                    self._check_positions(index, len(ids))
-            self.read_inputs += len(chunk)
-            # One array a chunk: lists of millions of numbers would take eight times the memory.
-            self._rows.append(np.concatenate(rows) if rows else np.zeros(0, dtype=np.int32))
-            self._row_lengths += [len(ids) for ids in rows]
-            if self.read_inputs < self.total_inputs:
-                return False
+        if self.read_step():
+            return False
         self._reader.raise_faults()
         self._ids = np.concatenate(self._rows)
         self._rows.clear()

@@ -93,10 +93,10 @@ class Forward:
         States of padded positions are garbage. Whatever happens, the model is left as it was found.
         """
         arguments = dict(self._constants)
-        arguments["input_ids"] = torch.from_numpy(ids).to(self.device)
+        arguments["input_ids"] = self._moved(ids)
         if style.mask and int(lengths.min()) < ids.shape[1]:
             mask = np.arange(ids.shape[1])[None, :] < lengths[:, None]
-            arguments["attention_mask"] = torch.from_numpy(mask.astype(np.int64)).to(self.device)
+            arguments["attention_mask"] = self._moved(mask.astype(np.int64))
         with torch.inference_mode():
             if style.capture == "hooks":
                 self._with_hooks(arguments, layers, consume)
@@ -119,6 +119,11 @@ class Forward:
         with torch.inference_mode():
             self._with_hooks(arguments, layers, consume)
         return cache
+
+    def _moved(self, numbers: NDArray[np.int64]) -> torch.Tensor:
+        """On the model's device; to a GPU from pinned memory, so that the copy waits for nothing."""
+        tensor = torch.from_numpy(numbers)
+        return tensor.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else tensor
 
     def pad(self, rows: list[NDArray[np.int32]]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Rows of token ids as one right-padded array (batch, seq) and their lengths (batch,)."""

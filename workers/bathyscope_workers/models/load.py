@@ -19,6 +19,7 @@ from bathyscope_workers.models.past import may_branch
 from bathyscope_workers.models.resident import Resident, ResidentFacts
 from bathyscope_workers.models.source import LoadFault, Source, failed, locate, weight_sizes
 from bathyscope_workers.models.spec import ModelSpec
+from bathyscope_workers.models.tuning import batch_tokens
 
 log = logging.getLogger(__name__)
 
@@ -235,6 +236,7 @@ def _resident(
             test.against_float32 = comparison
         else:
             test.against_unquantized = comparison
+    tuned = batch_tokens(forward, style, vocab_size=vocab_size, longest=max_length, tick=tick)
     facts = ResidentFacts(
         num_layers=forward.num_layers,
         hidden_size=int(config.get_text_config().hidden_size),
@@ -252,6 +254,7 @@ def _resident(
         has_chat_template=False,
         has_tokenizer=tokenizer is not None,
         style=str(style),
+        batch_tokens=tuned,
         load_seconds=0.0,
         self_test=test.to_wire(),
     )

@@ -45,6 +45,8 @@ class ResidentFacts:
     has_tokenizer: bool
     style: str
     """How texts are run, as the self-test chose it."""
+    batch_tokens: int
+    """Padded tokens a batch, as `tuning` measured."""
     load_seconds: float
     self_test: dict[str, Any] = field(default_factory=dict)
 
