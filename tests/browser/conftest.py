@@ -64,7 +64,7 @@ class Shown:
 def shown(tmp_path_factory: pytest.TempPathFactory, models: str) -> Iterator[Shown]:
     stack = Stack(tmp_path_factory.mktemp("shown"), models=models)
     try:
-        key, admin = make_key(stack, HOSTILE), make_key(stack, "admin", "--admin")
+        key, admin = make_key(stack, HOSTILE), make_key(stack, "admin", "--scope", "admin")
         stack.up()
         with httpx2.Client(base_url=stack.url, timeout=90, headers={"Authorization": f"Bearer {key}"}) as client:
             found = Shown(stack, key, admin, client)
