@@ -73,3 +73,9 @@ def test_the_service_needs_no_torch(wheel: Path, tmp_path: Path) -> None:
         "print(*[f.name for f in (files('bathyscope_backplane') / 'broker' / 'lua').iterdir()])",
     )
     assert "submit.lua" in scripts.split()
+    pages = run(
+        python,
+        "-c",
+        "from bathyscope_service.dashboard.endpoints import _files; print(*_files())",
+    )
+    assert {"index.html", "app.js", "views/jobs.js", "vendor/preact.mjs", "vendor/LICENSE-htm.txt"} <= set(pages.split())

@@ -99,6 +99,20 @@ def shown(tmp_path_factory: pytest.TempPathFactory, models: str) -> Iterator[Sho
             )
             assert sent.json()["status"] == "succeeded", sent.text
             found.made["adapter"] = sent.json()["resource"].rpartition("/")[2]
+            found.made["comparison"] = found.make(
+                "/v1/comparisons",
+                {
+                    "name": HOSTILE,
+                    "model": "tiny",
+                    "variants": ["base", found.made["adapter"]],
+                    "inputs": [one.text for one in statements],
+                    "labels": [one.label for one in statements],
+                    "groups": [one.group for one in statements],
+                    "layers": [0, 2, -1],
+                    "folds": 3,
+                    "bootstrap": 50,
+                },
+            )
             yield found
     finally:
         stack.down()

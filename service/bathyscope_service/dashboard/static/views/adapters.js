@@ -7,6 +7,12 @@ const effect = (adapter) => {
   return adapter.effect.is_noop ? "none: it changes nothing" : `up to ${number(adapter.effect.max)}`;
 };
 
+/** The modules by their last word, which all blocks share. */
+function modules(names) {
+  const kinds = [...new Set(names.map((name) => name.split(".").pop()))];
+  return `${kinds.slice(0, 12).join(", ")}${kinds.length > 12 ? ", …" : ""} (${names.length} in all)`;
+}
+
 const COLUMNS = [
   ["Adapter", (ad) => html`<a href=${href("adapters", ad.id)}>${ad.name || ad.id}</a>`],
   ["Base", (ad) => ad.base_model],
@@ -67,7 +73,7 @@ export function AdapterPage({ id }) {
       ["Tensors applied", `${number(ad.tensors.applied)} of ${number(ad.tensors.read)}`],
       ["Size", bytes(ad.bytes)],
       ["Digest", html`<${Short} of=${ad.digest} />`],
-      ["Changes", ad.target_modules.length > 12 ? `${ad.target_modules.slice(0, 12).join(", ")} and ${ad.target_modules.length - 12} more` : ad.target_modules.join(", ")],
+      ["Changes", modules(ad.target_modules)],
       ["Made", html`<${When} at=${ad.created_at} />`],
     ]} />
     <h2>Effect</h2>

@@ -1,5 +1,5 @@
 // Jobs, live: the list is read again every few seconds, and what runs is listened to.
-import { ended, follow, get, post } from "../api.js";
+import { ended, follow, get, post, Problem } from "../api.js";
 import { Badge, Facts, href, html, Progress, Raw, resourceLink, seconds, Trouble, useEffect, useLoad, useState, When } from "../ui.js";
 
 const KINDS = ["adapter", "extraction", "probe", "prediction", "comparison", "experiment", "model"];
@@ -101,7 +101,7 @@ export function JobPage({ id }) {
     <p class="row" aria-live="polite"><${Badge}>${job.status}<//> <${Progress} job=${job} /> <${Cancel} job=${job} onError=${setError} />
       ${link && html`<a class="button main" href=${link}>Open what it made</a>`}</p>
     <${Trouble} error=${error} />
-    ${job.error && html`<div class="trouble"><p>${job.error.detail || job.error.title}</p></div>`}
+    <${Trouble} error=${job.error && new Problem(job.error.status, job.error)} />
     <${Facts} of=${[
       ["Id", html`<code>${job.id}</code>`],
       ["Priority", job.priority],

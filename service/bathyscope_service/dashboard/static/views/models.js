@@ -46,9 +46,7 @@ function Card({ model, admin }) {
     html`<ul class="plain">
       ${model.variants.map(
         (held) => html`<li>
-          <${Badge}>${held.state}<//> on ${held.worker}, ${held.device}: ${held.quantization === "none" ? "unquantized" : held.quantization},
-          ${held.compute_dtype}, ${bytes(held.memory_bytes)}
-          ${held.fraction_quantized ? `, ${number(held.fraction_quantized * 100, 0)} % quantized` : ""}
+          <${Badge}>${held.state}<//> on ${held.worker}, ${held.device}: ${held.quantization === "none" ? "unquantized" : held.quantization}, ${held.compute_dtype}, ${bytes(held.memory_bytes)}${held.fraction_quantized ? `, ${number(held.fraction_quantized * 100, 0)} % quantized` : ""}
         </li>`,
       )}
     </ul>`}

@@ -72,7 +72,7 @@ function Reading({ prediction, row, text }) {
   const words = (prediction.rendered && prediction.rendered[row]) ?? text;
   const tokens = prediction.tokens ? prediction.tokens[row] : null;
   return html`<section class="card reading">
-    <p><strong>${String(label)}</strong>
+    <p>The probe says <strong>${String(label)}</strong>.
       ${chances && html`<span class="quiet"> ${prediction.classes.map((name, i) => `${name}: ${number(chances[i])}`).join(", ")}</span>`}</p>
     ${tokens && tokens.length > 0
       ? html`<${HeatMap} text=${words ?? tokens.map((token) => token.text || "").join("")} tokens=${tokens}
