@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 
-def write_tiny(folder: Path, corpus: list[str], *, chat_template: str | None = None) -> Path:
-    """A random Llama of four blocks with a byte-level tokenizer that knows every text."""
+def write_tiny(folder: Path, corpus: list[str], *, chat_template: str | None = None, blocks: int = 4) -> Path:
+    """A random Llama with a byte-level tokenizer that knows every text."""
     import torch
     from tokenizers import ByteLevelBPETokenizer
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -23,7 +23,7 @@ def write_tiny(folder: Path, corpus: list[str], *, chat_template: str | None = N
         vocab_size=300,
         hidden_size=32,
         intermediate_size=64,
-        num_hidden_layers=4,
+        num_hidden_layers=blocks,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=512,

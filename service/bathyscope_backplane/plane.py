@@ -15,6 +15,7 @@ from bathyscope_backplane.broker import Broker, BrokerLimits, connect
 from bathyscope_backplane.embedded import EmbeddedServer
 from bathyscope_backplane.keys import KeyStore
 from bathyscope_backplane.registry import ModelRegistry
+from bathyscope_backplane.reuse import ReuseIndex
 from bathyscope_backplane.settings import Settings
 from bathyscope_backplane.space import Space
 from bathyscope_backplane.tracing import OFF, Tracing, open_tracing
@@ -39,6 +40,7 @@ class Backplane:
     vault: Vault
     audit: AuditLog
     space: Space
+    reuse: ReuseIndex
     tracing: Tracing = OFF
 
 
@@ -71,6 +73,7 @@ async def open_backplane(settings: Settings, *, traced_as: str | None = None) ->
             vault=vault,
             audit=AuditLog(redis, settings.namespace, settings.audit_entries),
             space=Space(settings, store),
+            reuse=ReuseIndex(redis, settings.namespace, result_days=settings.jobs.result_days),
             tracing=tracing,
         )
     finally:

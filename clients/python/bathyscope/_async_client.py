@@ -11,6 +11,7 @@ from bathyscope import _operations, types
 from bathyscope._async_resources import (
     AsyncAdapters,
     AsyncDatasets,
+    AsyncExperiments,
     AsyncExtractions,
     AsyncJobs,
     AsyncModels,
@@ -54,6 +55,7 @@ class AsyncClient:
         self.models = AsyncModels(self._connection)
         self.adapters = AsyncAdapters(self._connection)
         self.datasets = AsyncDatasets(self._connection)
+        self.experiments = AsyncExperiments(self._connection)
         self.extractions = AsyncExtractions(self._connection)
         self.probes = AsyncProbes(self._connection)
         self.predictions = AsyncPredictions(self._connection)

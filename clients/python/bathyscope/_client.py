@@ -10,7 +10,16 @@ import httpx2
 from bathyscope import _operations, types
 from bathyscope._connection import Connection, Target
 from bathyscope._http import path
-from bathyscope._resources import Adapters, Datasets, Extractions, Jobs, Models, Predictions, Probes
+from bathyscope._resources import (
+    Adapters,
+    Datasets,
+    Experiments,
+    Extractions,
+    Jobs,
+    Models,
+    Predictions,
+    Probes,
+)
 from bathyscope._tinker import Tinker
 
 
@@ -56,6 +65,7 @@ class Client:
         self.models = Models(self._connection)
         self.adapters = Adapters(self._connection)
         self.datasets = Datasets(self._connection)
+        self.experiments = Experiments(self._connection)
         self.extractions = Extractions(self._connection)
         self.probes = Probes(self._connection)
         self.predictions = Predictions(self._connection)

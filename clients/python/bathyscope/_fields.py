@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal, Protocol, Required, TypeAlias, TypedDict, TypeVar
 
 from pydantic import BaseModel, ValidationError
@@ -155,6 +156,18 @@ def _plain_model(value: BaseModel) -> Any:
     if isinstance(value, types.RequestModel):
         return value.model_dump(mode="json", exclude_unset=True)
     return identify(value)
+
+
+def experiment_body(
+    config: str | os.PathLike[str] | Mapping[str, Any],
+) -> tuple[Mapping[str, Any], bytes | None, list[str]]:
+    """The body of an experiment: a mapping, or a file as it is; and the schemes of the sources that it names.
+
+    Raises `OSError` for a file that cannot be read.
+    """
+    body, data = (config, None) if isinstance(config, Mapping) else ({}, Path(config).read_bytes())
+    text = json.dumps(body, default=str).encode() if data is None else data
+    return body, data, [scheme for scheme in ("tinker://", "hf://") if scheme.encode() in text]
 
 
 def identify(value: Any) -> Any:

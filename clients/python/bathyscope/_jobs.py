@@ -27,6 +27,7 @@ R = TypeVar("R")
 
 _KINDS: dict[str, type[BaseModel]] = {
     "adapter": Adapter,
+    "experiment": types.Experiment,
     "extraction": Extraction,
     "probe": Probe,
     "prediction": Prediction,
@@ -34,6 +35,7 @@ _KINDS: dict[str, type[BaseModel]] = {
 }
 _ASYNC_KINDS: dict[str, type[BaseModel]] = {
     "adapter": AsyncAdapter,
+    "experiment": types.Experiment,
     "extraction": AsyncExtraction,
     "probe": AsyncProbe,
     "prediction": AsyncPrediction,

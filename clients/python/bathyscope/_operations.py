@@ -97,16 +97,19 @@ def submit(
     idempotency_key: str | None = None,
     headers: Mapping[str, str] | None = None,
     upload: FileUpload | None = None,
+    yaml: bytes | None = None,
 ) -> Operation[types.Job]:
     """POST what makes a job. `wait`: seconds that the service may hold the answer until the job has ended.
 
-    With an `upload` that is sent instead of the body.
+    With an `upload`, or a file as `yaml`, that is sent instead of the body.
     """
     hold = max(0.0, min(wait, LONGEST_HOLD))
     request = post(target, body, hold=hold, idempotency_key=idempotency_key, headers=headers)
     if upload is not None:
         typed = {**request.headers, "Content-Type": upload.content_type}
         request = replace(request, headers=typed, body=None, upload=upload)
+    if yaml is not None:
+        request = replace(request, headers={**request.headers, "Content-Type": "application/yaml"}, body=yaml)
     answer = yield from exchange(request, retry)
     return answer.decode(types.Job)
 

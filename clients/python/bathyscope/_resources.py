@@ -21,6 +21,7 @@ from bathyscope._fields import (
     Reference,
     adapter_body,
     dataset_upload,
+    experiment_body,
     extraction_body,
     identify,
     predict_body,
@@ -153,6 +154,40 @@ class Datasets(_Namespace):
     def list(self, limit: int | None = None) -> Iterator[types.Dataset]:
         """One's datasets, newest first."""
         return self._list(types.Dataset, path("v1", "datasets"), limit)
+
+
+class Experiments(_Namespace):
+    """Whole studies, each from one file."""
+
+    def create(
+        self,
+        config: str | os.PathLike[str] | Mapping[str, Any],
+        *,
+        wait: float = 0.0,
+        idempotency_key: str | None = None,
+    ) -> JobHandle[types.Experiment]:
+        """Run a whole study: the path of a YAML or JSON file, or what it says as a mapping.
+
+        With an adapter of Tinker or the hub the client's `tinker_api_key` or `hf_token` goes along, for it alone.
+        """
+        body, yaml, schemes = experiment_body(config)
+        headers: dict[str, str] = {}
+        for scheme in schemes:
+            headers |= self._connection.target.credentials(scheme)
+        return self._submit(path("v1", "experiments"), body, wait, idempotency_key, headers=headers, yaml=yaml)
+
+    def get(self, experiment_id: str) -> types.Experiment:
+        """One experiment with what it found."""
+        experiment: types.Experiment = self._get(types.Experiment, path("v1", "experiments", experiment_id))
+        return experiment
+
+    def delete(self, experiment_id: str) -> None:
+        """Delete an experiment; what its stages made stays."""
+        self._delete(path("v1", "experiments", experiment_id))
+
+    def list(self, limit: int | None = None) -> Iterator[types.Experiment]:
+        """One's experiments, newest first."""
+        return self._list(types.Experiment, path("v1", "experiments"), limit)
 
 
 class Extractions(_Namespace):

@@ -17,6 +17,7 @@ from bathyscope.types import Job, JobKind, JobStatus, Page
 from bathyscope_backplane.keys import ApiKey
 from bathyscope_service.context import Caller, Context, Ctx
 from bathyscope_service.credentials import HEADERS, credentials_of
+from bathyscope_service.experiments.stages import cancel_stages
 from bathyscope_service.guards import require_admin
 from bathyscope_service.jobs.submission import discard, job_answer, wait_for
 from bathyscope_service.jobs.views import job_of, job_view, json_response
@@ -71,6 +72,8 @@ async def cancel_job(job_id: str, context: Ctx, caller: Caller) -> Response:
     record = await job_of(context, caller, job_id)
     if outcome == "cancelled" and payload is not None:  # no worker has it, which would clear up
         await discard(context, before, payload)
+    if before.kind == "experiment" and outcome != "finished":
+        await cancel_stages(context, before.request.get("stages", []))
     if outcome == "finished":
         raise errors.StateConflict(f"The job has already ended: it is {record.status}.")
     return json_response(await job_view(context, record, caller.id))

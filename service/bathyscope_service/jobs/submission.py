@@ -22,6 +22,7 @@ from bathyscope_backplane.broker import Idempotency, JobRecord, NewJob, Shard
 from bathyscope_backplane.ids import new_id
 from bathyscope_backplane.keys import ApiKey
 from bathyscope_backplane.tracing import current
+from bathyscope_backplane.vault import Credentials
 from bathyscope_service.auditing import concerns
 from bathyscope_service.context import Context
 from bathyscope_service.credentials import credentials_of
@@ -68,8 +69,11 @@ class Work:
     rows_each: int = 0
     """What one of the rows counts in the job's progress, where the job may be split by its rows; 0 where it may not."""
 
-    part: str = ""
-    """Tells jobs of one request apart for the idempotency key."""
+    part: str | None = ""
+    """Tells jobs of one request apart for the idempotency key; null has none."""
+
+    credentials: bool = True
+    """Whether the request's credentials go along."""
 
 
 async def submit(context: Context, request: Request, caller: ApiKey, work: Work) -> tuple[str, bool]:
@@ -90,9 +94,11 @@ async def _submit(
     await plane.space.require()
     job_id = new_id("job")
     credentials = credentials_of(request)
+    if not work.credentials:
+        credentials = Credentials()
     quota = caller.quota
     stored = await plane.catalogue.bytes_stored(caller.id) if quota.max_bytes is not None else 0
-    idempotency = idempotency_of(request, caller, work.part)
+    idempotency = idempotency_of(request, caller, work.part) if work.part is not None else None
     payload: dict[str, Any] = {"spec": work.spec}
     if quota.max_bytes is not None:  # where the size was not known here, the worker holds it
         payload["most_bytes"] = max(0, quota.max_bytes - stored)

@@ -13,10 +13,6 @@ from bathyscope_service.problems import responses
 router = APIRouter(tags=["not offered yet"])
 
 _ROUTES: dict[str, tuple[str, ...]] = {
-    "/v1/comparisons": ("GET", "POST"),
-    "/v1/comparisons/{comparison_id}": ("GET", "DELETE"),
-    "/v1/experiments": ("GET", "POST"),
-    "/v1/experiments/{experiment_id}": ("GET", "DELETE"),
 }
 
 

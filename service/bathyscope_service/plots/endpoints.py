@@ -12,7 +12,7 @@ from fastapi import APIRouter, Query
 from starlette.responses import HTMLResponse, Response
 
 from bathyscope import errors
-from bathyscope.types import Prediction, Probe
+from bathyscope.types import Experiment, Prediction, Probe
 from bathyscope_backplane.artifacts import Resource
 from bathyscope_service.context import Caller, Context, Ctx, Held
 from bathyscope_service.extractions.representations import row_range
@@ -73,16 +73,44 @@ async def get_probe_plot(
 async def get_probe_report(probe_id: str, context: Ctx, caller: Caller) -> Response:
     """One HTML page with every figure and picture inside: it needs no network and runs no script."""
     resource = await resource_of(context, caller, "probe", probe_id)
+    return await _page(context, lambda: Probe.model_validate(resource.body))
 
-    def write() -> str:
-        from bathyscope import reports
 
-        return reports.rendered(Probe.model_validate(resource.body))
+@router.get(
+    "/v1/experiments/{experiment_id}/plots/{name}",
+    summary="An experiment as a picture",
+    response_class=Response,
+    responses=_RESPONSES,
+)
+async def get_experiment_plot(
+    experiment_id: str,
+    name: Literal["layer_curve", "layer_shift"],
+    context: Ctx,
+    caller: Caller,
+    format: _Format = "png",
+    theme: _Theme = "light",
+) -> Response:
+    """`layer_curve`, a line a variant, or `layer_shift` (with an adapter)."""
+    resource = await resource_of(context, caller, "experiment", experiment_id)
 
-    async with context.heavy:
-        content = await asyncio.to_thread(write)
-    headers = {"Content-Security-Policy": "default-src 'none'; img-src data:; style-src 'unsafe-inline'"}
-    return HTMLResponse(content, headers=headers)
+    def draw() -> bytes:
+        from bathyscope import plots
+
+        return plots.rendered(Experiment.model_validate(resource.body), name, format=format, theme=theme)
+
+    return await _picture(context, resource, draw, format)
+
+
+@router.get(
+    "/v1/experiments/{experiment_id}/report",
+    summary="An experiment as a page",
+    response_class=HTMLResponse,
+    responses=responses(errors.NotFound, errors.Expired),
+)
+async def get_experiment_report(experiment_id: str, context: Ctx, caller: Caller) -> Response:
+    """One HTML page with every figure and picture inside: it needs no network and runs no script."""
+    resource = await resource_of(context, caller, "experiment", experiment_id)
+    return await _page(context, lambda: Experiment.model_validate(resource.body))
 
 
 @router.get(
@@ -122,6 +150,18 @@ async def get_prediction_plot(
         return plots.rendered(prediction, name, format=format, theme=theme, unshown=last - first - len(shown))
 
     return await _picture(context, resource, draw, format)
+
+
+async def _page(context: Context, parse: Callable[[], Any]) -> Response:
+    def write() -> str:
+        from bathyscope import reports
+
+        return reports.rendered(parse())
+
+    async with context.heavy:
+        content = await asyncio.to_thread(write)
+    headers = {"Content-Security-Policy": "default-src 'none'; img-src data:; style-src 'unsafe-inline'"}
+    return HTMLResponse(content, headers=headers)
 
 
 async def _picture(context: Context, resource: Resource, draw: Callable[[], bytes], format: str) -> Response:

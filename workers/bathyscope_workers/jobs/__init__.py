@@ -2,8 +2,8 @@
 
 from bathyscope_workers.jobs._base import Existing, Handover, JobKind, JobWork, ShardResult, adapter_cache
 from bathyscope_workers.jobs.adapter import AdapterJob
-from bathyscope_workers.jobs.experiment import ExperimentJob
 from bathyscope_workers.jobs.comparison import ComparisonJob
+from bathyscope_workers.jobs.experiment import ExperimentJob
 from bathyscope_workers.jobs.extraction import ExtractionJob
 from bathyscope_workers.jobs.model import ModelJob
 from bathyscope_workers.jobs.prediction import PredictionJob

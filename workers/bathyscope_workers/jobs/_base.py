@@ -158,6 +158,13 @@ class JobWork:
             raise Expired(f"{resource_id}, which this job reads, has expired or was deleted.")
         return resource
 
+    async def made_by(self, job_id: str) -> str:
+        """Id of what another job made. Raises `Expired` when its record is gone."""
+        record = await self.plane.broker.get(job_id)
+        if record is None or record.resource is None:
+            raise Expired(f"The record of {job_id}, which this job follows, has gone; send the request again.")
+        return record.resource.rpartition("/")[2]
+
     def run_command(self, **rest: Any) -> dict[str, Any]:
         """The engine's `run` command for this job; `rest` are further members of `RunJob`."""
         job = RunJob(

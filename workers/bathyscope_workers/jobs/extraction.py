@@ -40,8 +40,9 @@ async def _variants(work: JobWork) -> list[dict[str, Any] | None] | None:
         if variant is None:
             found.append(None)
             continue
-        adapter = await work.needed(variant["id"])
+        adapter = await work.needed(variant["id"] if "id" in variant else await work.made_by(variant["job"]))
         digest = adapter.body["digest"]
+        variant |= {"id": adapter.id, "digest": digest}  # of one that was made by a job before this one
         folder = await work.place(digest, adapter.blobs)
         found.append({"digest": digest, "path": str(folder)})
     return found

@@ -199,6 +199,8 @@ class Attempt:
             commands = await self.kind.commands(work)
             if self.cancelled:
                 raise _Stopped
+            if not commands and not self.outcome.done():
+                self.outcome.set_result({"ev": "done"})  # no engine has a part in it
             if not self.outcome.done():  # else the engine died or the lease went while this was prepared
                 self.sent = True
                 for command in commands:

@@ -10,7 +10,20 @@ from typing import Annotated
 import typer
 
 from bathyscope._version import package_version
-from bathyscope.cli import _adapters, _datasets, _demo, _extract, _health, _jobs, _keys, _models, _server, _store, _up
+from bathyscope.cli import (
+    _adapters,
+    _datasets,
+    _demo,
+    _extract,
+    _health,
+    _jobs,
+    _keys,
+    _models,
+    _run,
+    _server,
+    _store,
+    _up,
+)
 from bathyscope.errors import BathyscopeError
 
 app = typer.Typer(
@@ -24,6 +37,7 @@ app = typer.Typer(
 app.command("up")(_up.up)
 app.command("demo")(_demo.demo)
 app.command("extract")(_extract.extract)
+app.command("run")(_run.run)
 app.command("service")(_server.service)
 app.command("worker")(_server.worker)
 app.command("health")(_health.health)

@@ -24,7 +24,7 @@ from matplotlib.figure import Figure as Picture
 
 from bathyscope import types
 from bathyscope.errors import InvalidRequest
-from bathyscope.plots import _probe, _tokens
+from bathyscope.plots import _experiment, _probe, _tokens
 from bathyscope.plots._theme import THEMES, ThemeName, theme_of
 
 PictureFormat = Literal["png", "svg"]
@@ -44,17 +44,32 @@ OF_PROBES: dict[str, Callable[..., Picture]] = {
 OF_PREDICTIONS: dict[str, Callable[..., Picture]] = {"tokens": _tokens.tokens}
 """By name, what a prediction can be shown as."""
 
+OF_EXPERIMENTS: dict[str, Callable[..., Picture]] = {
+    "layer_curve": _experiment.layer_curve,
+    "layer_shift": _experiment.layer_shift,
+}
+"""By name, what an experiment can be shown as."""
+
+Drawn = types.Probe | types.Prediction | types.Experiment
+"""What there are pictures of."""
+
 _drawing = threading.Lock()
 """matplotlib's settings are those of the process, and fonts are no thread's own."""
 
+_OF: dict[type[Drawn], dict[str, Callable[..., Picture]]] = {
+    types.Prediction: OF_PREDICTIONS,
+    types.Experiment: OF_EXPERIMENTS,
+    types.Probe: OF_PROBES,
+}
 
-def figure(resource: types.Probe | types.Prediction, name: str, *, theme: str = "light", **options: Any) -> Picture:
+
+def figure(resource: Drawn, name: str, *, theme: str = "light", **options: Any) -> Picture:
     """The picture of that name: `layer_curve`, `reliability`, `roc` or `risk_coverage` of a probe, `tokens` of a
-    prediction (`rows=` says of which inputs).
+    prediction (`rows=` says of which inputs), `layer_curve` or `layer_shift` of an experiment.
 
     Raises `InvalidRequest` for a name or theme that there is none of, and where the resource has not got what it shows.
     """
-    known = OF_PREDICTIONS if isinstance(resource, types.Prediction) else OF_PROBES
+    known = next(plots for kind, plots in _OF.items() if isinstance(resource, kind))
     draw = known.get(name)
     if draw is None:
         raise InvalidRequest(f"There is no plot {name[:40]!r} of it; there is {', '.join(known)}.")
@@ -64,7 +79,7 @@ def figure(resource: types.Probe | types.Prediction, name: str, *, theme: str = 
 
 
 def rendered(
-    resource: types.Probe | types.Prediction,
+    resource: Drawn,
     name: str,
     *,
     format: PictureFormat = "png",
@@ -85,7 +100,7 @@ def rendered(
 
 
 def save(
-    resource: types.Probe | types.Prediction,
+    resource: Drawn,
     name: str,
     path: str | PathLike[str],
     *,

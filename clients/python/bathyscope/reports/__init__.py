@@ -14,15 +14,21 @@ from os import PathLike
 from pathlib import Path
 
 from bathyscope import types
+from bathyscope.reports._experiment import experiment_page
 from bathyscope.reports._probe import probe_page
 
+Reported = types.Probe | types.Experiment
+"""What there is a report of."""
 
-def rendered(resource: types.Probe) -> str:
+
+def rendered(resource: Reported) -> str:
     """The page, as text."""
+    if isinstance(resource, types.Experiment):
+        return experiment_page(resource)
     return probe_page(resource)
 
 
-def save(resource: types.Probe, path: str | PathLike[str]) -> Path:
+def save(resource: Reported, path: str | PathLike[str]) -> Path:
     """Write the page to a file."""
     target = Path(path)
     target.write_text(rendered(resource), encoding="utf-8")

@@ -9,6 +9,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from bathyscope import plots, types
+from bathyscope.plots import Drawn
 
 _TEMPLATES = Environment(
     loader=PackageLoader("bathyscope.reports", "templates"),
@@ -24,7 +25,7 @@ def page(template: str, **values: Any) -> str:
     return _TEMPLATES.get_template(template).render(**values)
 
 
-def picture(resource: types.Probe, name: str, says: str) -> dict[str, str]:
+def picture(resource: Drawn, name: str, says: str) -> dict[str, str]:
     """A picture in both themes as `data:` addresses, with what it shows in words."""
     addresses = {
         theme: "data:image/svg+xml;base64,"

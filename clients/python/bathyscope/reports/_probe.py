@@ -7,7 +7,7 @@ from bathyscope.errors import InvalidRequest
 from bathyscope.plots import OF_PROBES
 from bathyscope.reports._page import cell, page, picture, readable
 
-_NAMES = {
+NAMES = {
     "auroc": "AUROC",
     "average_precision": "average precision",
     "accuracy": "accuracy",
@@ -21,7 +21,7 @@ _NAMES = {
     "mae": "mean absolute error",
     "spearman": "rank correlation (Spearman)",
 }
-_BY_LAYER = {"auroc": "AUROC", "accuracy": "accuracy", "brier": "Brier", "ece": "ECE", "r2": "R²", "mae": "MAE"}
+BY_LAYER = {"auroc": "AUROC", "accuracy": "accuracy", "brier": "Brier", "ece": "ECE", "r2": "R²", "mae": "MAE"}
 _SAYS = {
     "layer_curve": "The main figure of every layer with its interval.",
     "reliability": "How often what the probe says is so.",
@@ -33,7 +33,7 @@ _SAYS = {
 def probe_page(probe: types.Probe) -> str:
     """The page of a probe: what it reads, what it is worth, what to be careful of, and every layer."""
     report = probe.report
-    columns = {name: said for name, said in _BY_LAYER.items() if any(getattr(one, name) for one in report.layers)}
+    columns = {name: said for name, said in BY_LAYER.items() if any(getattr(one, name) for one in report.layers)}
     return page(
         "probe.html.j2",
         title=f"{probe.name or probe.id}: {probe.estimator} probe on {probe.identity.model}",
@@ -43,7 +43,7 @@ def probe_page(probe: types.Probe) -> str:
         pictures=_pictures(probe),
         figures=[
             (said, cell(getattr(report.held_out, name)))
-            for name, said in _NAMES.items()
+            for name, said in NAMES.items()
             if getattr(report.held_out, name) is not None
         ],
         calibration=_calibration(report),
@@ -89,7 +89,7 @@ def _calibration(report: types.Report) -> list[tuple[str, str, str]]:
         return []
     before, after = report.calibration.before, report.calibration.after
     return [
-        (_NAMES[name], cell(getattr(before, name)), cell(getattr(after, name)))
+        (NAMES[name], cell(getattr(before, name)), cell(getattr(after, name)))
         for name in ("brier", "nll", "ece", "ece_equal_mass")
     ]
 

@@ -38,6 +38,7 @@ from bathyscope.types.comparisons import (
     VariantShift,
 )
 from bathyscope.types.datasets import Dataset, DatasetColumns, DatasetFields, DatasetRef, DatasetRow
+from bathyscope.types.experiments import Experiment, ExperimentConfig, ExperimentResult, ExperimentStage
 from bathyscope.types.extractions import (
     CacheUse,
     Choices,
@@ -99,6 +100,10 @@ __all__ = [
     "DatasetRow",
     "Differences",
     "Dtype",
+    "Experiment",
+    "ExperimentConfig",
+    "ExperimentResult",
+    "ExperimentStage",
     "Extraction",
     "ExtractionOptions",
     "ExtractionRequest",

@@ -1,0 +1,73 @@
+"""Pictures of an experiment: its variants layer by layer, and how far the adapter moved the states."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from matplotlib.figure import Figure as Picture
+from matplotlib.ticker import MaxNLocator
+
+from bathyscope import types
+from bathyscope.errors import InvalidRequest
+from bathyscope.plots._probe import ends, titled
+from bathyscope.plots._theme import DASHES, MARKERS, Theme, one_line
+
+_NAMES = {"auroc": "AUROC", "r2": "R²", "ece": "ECE", "mae": "mean abs. error"}
+
+
+def layer_curve(experiment: types.Experiment, theme: Theme) -> Picture:
+    """AUROC (R² of a regression) of every layer with its interval, a line a variant, and below it the calibration error
+    (mean error)."""
+    regression = any("r2" in result.held_out for result in experiment.results)
+    main, below = ("r2", "mae") if regression else ("auroc", "ece")
+    picture = Picture(figsize=(6.4, 4.4), layout="constrained")
+    upper, lower = picture.subplots(2, 1, sharex=True, height_ratios=[3, 1])
+    upper.axhline(0.0 if regression else 0.5, color=theme.faint, linewidth=0.8, linestyle=DASHES[1])
+    for number, result in enumerate(experiment.results):
+        scores = sorted(result.layers, key=lambda one: one["layer"])
+        layers = [one["layer"] for one in scores]
+        colour, marker = theme.series[number % len(theme.series)], MARKERS[number % len(MARKERS)]
+        figures = [_figure(one.get(main)) for one in scores]
+        upper.fill_between(layers, ends(figures, "low"), ends(figures, "high"), color=colour, alpha=0.15, linewidth=0)
+        name = one_line(result.variant, 32)
+        upper.plot(layers, ends(figures, "value"), color=colour, marker=marker, markersize=4, linewidth=1.6, label=name)
+        errors = [_figure(one.get(below)) for one in scores]
+        lower.plot(layers, ends(errors, "value"), color=colour, marker=marker, markersize=3)
+    upper.set_ylabel(_NAMES[main])
+    upper.legend(loc="best")
+    titled(upper, f"{_NAMES[main]} by layer: {one_line(_name(experiment), 48)}", "bands: 95 % intervals", theme)
+    lower.set_ylim(bottom=0)
+    lower.set_ylabel(_NAMES[below])
+    lower.set_xlabel("layer (0: embeddings, last: after the final norm)")
+    lower.xaxis.get_major_locator().set_params(integer=True)
+    return picture
+
+
+def layer_shift(experiment: types.Experiment, theme: Theme) -> Picture:
+    """How far the adapter moved the states of each layer: the mean over vectors of the difference's norm over the
+    base's."""
+    if experiment.relative_change is None:
+        raise InvalidRequest("There is no layer shift of an experiment without an adapter.")
+    shifts = [
+        (layer, change)
+        for layer, change in zip(experiment.layers, experiment.relative_change, strict=True)
+        if change is not None
+    ]
+    shifts.sort()
+    picture = Picture(figsize=(6.4, 3.2), layout="constrained")
+    axes = picture.subplots()
+    axes.plot([one for one, _ in shifts], [one for _, one in shifts], color=theme.series[0], marker="o", markersize=4)
+    axes.set_ylim(bottom=0)
+    axes.set_ylabel("relative change")
+    axes.set_xlabel("layer (0: embeddings, last: after the final norm)")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    titled(axes, f"Moved by the adapter: {one_line(_name(experiment), 48)}", "norm of difference over norm", theme)
+    return picture
+
+
+def _figure(found: Any) -> types.Figure | None:
+    return None if found is None else types.Figure.model_validate(found)
+
+
+def _name(experiment: types.Experiment) -> str:
+    return experiment.name or experiment.id

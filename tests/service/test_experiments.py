@@ -1,0 +1,226 @@
+"""Experiments through the whole installation."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from bathyscope.types import Experiment
+from tests.conftest import CORPUS
+from tests.service.test_adapters import added
+from tests.service.test_adapters_live import archive
+from tests.service.test_experiment_files import LLAMA
+from tests.service.test_manners import problem
+from tests.stack import Stack
+from tests.tinker_standin import KEY, Standin
+from tests.tiny import write_tiny
+
+BLOCKS = 32
+SMALL = {
+    "experiment": {"name": "small", "seed": 7},
+    "model": {"name": "tiny"},
+    "dataset": {"name": "capitals", "limit": 80},
+    "extraction": {"layers": [1, 2, 4]},
+    "evaluation": {"bootstrap": 100},
+}
+
+
+@pytest.fixture(scope="module")
+def standin() -> Iterator[Standin]:
+    with Standin() as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def running(tmp_path_factory: pytest.TempPathFactory, models: str, standin: Standin) -> Iterator[Stack]:
+    """Beside the small models a random Llama of thirty-two blocks, under the name of the one in people's files."""
+    llama = write_tiny(tmp_path_factory.mktemp("llama"), CORPUS, blocks=BLOCKS)
+    made = Stack(
+        tmp_path_factory.mktemp("experiments"),
+        models=f"{models},meta-llama/Llama-3.1-8B={llama}",
+        worker__adopt_seconds=0,
+        adapters__tinker_url=standin.url,
+        adapters__tinker_api_key=KEY,
+        adapters__call_seconds=20,
+    )
+    try:
+        yield made.up()
+    finally:
+        made.down()
+
+
+def run(running: Stack, config: Any, seconds: float = 240) -> dict[str, Any]:
+    """The experiment of a file; a text is YAML."""
+    if isinstance(config, dict):
+        answer = running.post("/v1/experiments", config, wait=60)
+    else:
+        answer = running.client.post(
+            "/v1/experiments", content=config, headers={"Content-Type": "application/yaml", "Prefer": "wait=60"}
+        )
+    assert answer.status_code in (200, 202), answer.text
+    job = running.job(answer.json()["id"], seconds=seconds)
+    assert job["status"] == "succeeded", job
+    found = running.client.get(job["resource"]).json()
+    Experiment.model_validate(found)
+    return dict(found)
+
+
+def reused(experiment: dict[str, Any]) -> dict[str, bool]:
+    return {stage["name"]: stage["reused"] for stage in experiment["stages"]}
+
+
+def test_every_stage_is_taken_again_and_the_numbers_are_the_same(running: Stack) -> None:
+    first = run(running, SMALL)
+    assert reused(first) == {"extraction": False, "probe": False}
+    assert first["config"]["probe"]["estimator"] == "logistic"
+    [result] = first["results"]
+    assert result["variant"] == "base"
+    assert [one["layer"] for one in result["layers"]] == [1, 2, 4]
+    assert result["held_out"]["auroc"]["low"] <= result["held_out"]["auroc"]["value"]
+    probe = running.client.get(f"/v1/probes/{result['probe']}").json()
+    assert probe["report"]["held_out"]["auroc"] == result["held_out"]["auroc"]
+    again = run(running, json.dumps(SMALL).encode())
+    assert reused(again) == {"extraction": True, "probe": True}
+    assert again["results"] == first["results"]
+    assert again["digests"] == first["digests"]
+    assert again["id"] != first["id"]
+
+
+def test_what_depends_on_a_change_is_made_anew(running: Stack) -> None:
+    config = json.loads(json.dumps(SMALL)) | {"experiment": {"seed": 11}}
+    first = run(running, config)
+    other = run(running, config | {"probe": {"C": [0.01]}})
+    assert reused(other) == {"extraction": True, "probe": False}
+    assert other["digests"] == first["digests"]
+    layers = run(running, config | {"extraction": {"layers": [1, 2]}})
+    assert reused(layers) == {"extraction": False, "probe": False}
+    assert running.client.delete(f"/v1/probes/{first['results'][0]['probe']}").status_code == 204
+    assert reused(run(running, config)) == {"extraction": True, "probe": False}
+
+
+def test_an_adapter_is_compared_with_its_base(running: Stack) -> None:
+    adapter = added(running.client, archive(5, "peft"), base_model="tiny")
+    config = SMALL | {"model": {"name": "tiny", "adapter": adapter["id"]}}
+    found = run(running, config)
+    assert reused(found) == {"adapter": True, "extraction": False, "probe base": False, "probe adapter": False}
+    base, tuned = found["results"]
+    assert (base["variant"], tuned["variant"]) == ("base", adapter["id"])
+    assert found["digests"]["adapter"] == adapter["digest"]
+    assert len(found["relative_change"]) == 3
+    assert min(found["relative_change"]) > 0
+    difference = tuned["held_out"]["auroc"]["value"] - base["held_out"]["auroc"]["value"]
+    assert found["differences"]["auroc"]["value"] == pytest.approx(difference)
+    assert all(reused(run(running, config)).values())
+
+
+def llama_adapter(folder: Path) -> Path:
+    """As Tinker writes one, for every block."""
+    folder.mkdir()
+    torch.manual_seed(3)
+    tensors = {}
+    for layer in range(BLOCKS):
+        prefix = f"base_model.model.model.layers.{layer}.self_attn.q_proj"
+        tensors[f"{prefix}.lora_A.weight"] = torch.randn(4, 32) * 0.3
+        tensors[f"{prefix}.lora_B.weight"] = torch.randn(32, 4) * 0.3
+    save_file(tensors, folder / "adapter_model.safetensors")
+    said = {"peft_type": "LORA", "bias": "none", "r": 4, "lora_alpha": 32, "target_modules": "all-linear"}
+    (folder / "adapter_config.json").write_text(json.dumps(said))
+    (folder / "checkpoint_complete").write_text("")
+    return folder
+
+
+def test_the_file_that_people_have_runs_as_it_stands(running: Stack, standin: Standin, tmp_path: Path) -> None:
+    made = standin.add_run(base_model="meta-llama/Llama-3.1-8B", rank=4, run_id="abc123")
+    folder = llama_adapter(tmp_path / "files")
+    made.add_checkpoint("external_weights", "final", folder)
+    made.add_checkpoint("sampler_weights", "final", folder)
+    found = run(running, LLAMA)
+    assert reused(found) == {"adapter": False, "extraction": False, "probe base": False, "probe adapter": False}
+    assert found["layers"] == [8, 16, 24, 31]
+    assert len(found["notices"]) == 3
+    assert [result["variant"] for result in found["results"]] == [
+        "base",
+        found["stages"][0]["resource"].rpartition("/")[2],
+    ]
+    assert min(found["relative_change"]) > 0
+    again = run(running, LLAMA)
+    assert reused(again)["adapter"]
+    assert again["results"] == found["results"] or reused(again)["extraction"] is False
+
+
+def test_a_stage_that_fails_is_the_experiments_failure(running: Stack, standin: Standin) -> None:
+    config = SMALL | {"tinker": {"checkpoint_path": "tinker://nobody/weights/none"}}
+    answer = running.post("/v1/experiments", config, wait=0)
+    assert answer.status_code in (200, 202), answer.text
+    job = running.job(answer.json()["id"])
+    assert job["status"] == "failed", job
+    stages = {stage["name"]: running.job(stage["job"]) for stage in job["request"]["stages"]}
+    cause = job["error"]
+    while cause.get("cause"):
+        cause = cause["cause"]
+    assert stages["adapter"]["error"]["type"] == cause["type"] == "/problems/tinker-export-off"
+    assert {stage["status"] for stage in stages.values()} == {"failed"}
+
+
+def test_cancelled_its_stages_are_too(running: Stack) -> None:
+    config = SMALL | {"dataset": {"name": "capitals"}, "experiment": {"seed": 99}}
+    job = running.post("/v1/experiments", config, wait=0).json()
+    assert running.client.post(f"/v1/jobs/{job['id']}/cancel").status_code == 200
+    assert running.job(job["id"])["status"] == "cancelled"
+    for stage in job["request"]["stages"]:
+        assert running.job(stage["job"])["status"] in ("cancelled", "succeeded")
+
+
+def test_the_same_key_makes_one_experiment(running: Stack) -> None:
+    config = SMALL | {"experiment": {"seed": 5}}
+    first = running.post("/v1/experiments", config, **{"Idempotency-Key": "once"}).json()
+    second = running.post("/v1/experiments", config, **{"Idempotency-Key": "once"})
+    assert second.json()["id"] == first["id"]
+    assert second.headers["idempotent-replayed"] == "true"
+
+
+@pytest.mark.parametrize(
+    ("config", "status", "slug", "pointer"),
+    [
+        (SMALL | {"modle": {}}, 422, "invalid-request", "/modle"),
+        (SMALL | {"model": {"name": "none"}}, 404, "model-unknown", "/model/name"),
+        (SMALL | {"extraction": {"layers": [99]}}, 422, "invalid-request", "/extraction/layers/0"),
+        (SMALL | {"probe": {"folds": 1}}, 422, "invalid-request", "/probe/folds"),
+        (SMALL | {"model": {"name": "tiny", "adapter": "ad_none"}}, 404, "not-found", "/model/adapter"),
+        (SMALL | {"model": {"name": "tiny", "adapter": "x"}}, 422, "invalid-request", "/model/adapter"),
+        (b"model: [", 400, "malformed-body", None),
+    ],
+)
+def test_what_is_wrong_is_told_and_nothing_is_queued(
+    running: Stack, config: Any, status: int, slug: str, pointer: str | None
+) -> None:
+    before = running.client.get("/v1/jobs").json()["data"]
+    if isinstance(config, bytes):
+        answer = running.client.post("/v1/experiments", content=config, headers={"Content-Type": "application/yaml"})
+    else:
+        answer = running.post("/v1/experiments", config, wait=0)
+    found = problem(answer, status, slug)
+    if pointer is not None:
+        assert [one["pointer"] for one in found["errors"]] == [pointer]
+    after = running.client.get("/v1/jobs").json()["data"]
+    open_before = [job["id"] for job in before if job["status"] in ("queued", "running")]
+    assert [job["id"] for job in after if job["status"] in ("queued", "running")] == open_before
+
+
+def test_lists_deletes_and_formats(running: Stack) -> None:
+    found = run(running, SMALL)
+    listed = running.client.get("/v1/experiments").json()["data"]
+    assert found["id"] in [one["id"] for one in listed]
+    assert running.client.delete(f"/v1/experiments/{found['id']}").status_code == 204
+    problem(running.client.get(f"/v1/experiments/{found['id']}"), 404, "not-found")
+    problem(
+        running.client.post("/v1/experiments", content=b"a", headers={"Content-Type": "text/plain"}),
+        415,
+        "unsupported-media",
+    )
