@@ -78,4 +78,6 @@ def test_the_service_needs_no_torch(wheel: Path, tmp_path: Path) -> None:
         "-c",
         "from bathyscope_service.dashboard.endpoints import _files; print(*_files())",
     )
-    assert {"index.html", "app.js", "views/jobs.js", "vendor/preact.mjs", "vendor/LICENSE-htm.txt"} <= set(pages.split())
+    assert {"index.html", "app.js", "views/jobs.js", "vendor/preact.mjs", "vendor/LICENSE-htm.txt"} <= set(
+        pages.split()
+    )
