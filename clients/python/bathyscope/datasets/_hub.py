@@ -167,6 +167,8 @@ def _found(source: Source) -> str:
         raise fault("name", f"the hub has no {source.repository}, or it is private") from error
     except Exception as error:
         raise _of(error, source) from error
+    if found.gated:
+        raise fault("name", f"{source.repository} is gated: it is read by those whom its owner lets; upload its rows")
     if found.sha is None:
         raise DatasetOutOfReach(f"The hub did not say which commit {source.repository} is at.", retry_after=30)
     return found.sha
@@ -174,9 +176,6 @@ def _found(source: Source) -> str:
 
 def _of(error: BaseException, source: Source) -> Exception:
     """What becomes of a fault of the library."""
-    status = getattr(getattr(error, "response", None), "status_code", None)
-    if status in (401, 403):
-        return fault("name", f"{source.repository} is gated: its owner gives access, which this service has not")
     if isinstance(error, FileNotFoundError):
         return fault("name", f"{source.repository} has no files of rows")
     if isinstance(error, OSError) or type(error).__module__.split(".")[0] in ("httpx", "httpx2", "huggingface_hub"):
