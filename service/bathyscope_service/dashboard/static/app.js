@@ -4,6 +4,7 @@ import { html, render, Trouble, useEffect, useRef, useState } from "./ui.js";
 import { AdapterList, AdapterPage } from "./views/adapters.js";
 import { ComparisonList, ComparisonPage } from "./views/comparisons.js";
 import { DatasetList, DatasetPage } from "./views/datasets.js";
+import { ExperimentList, ExperimentPage } from "./views/experiments.js";
 import { ExtractionList, ExtractionPage } from "./views/extractions.js";
 import { JobList, JobPage } from "./views/jobs.js";
 import { ModelList } from "./views/models.js";
@@ -19,6 +20,7 @@ const VIEWS = {
   probes: ["Probes", ProbeList, ProbePage],
   try: ["Try it", TryIt, TryIt],
   comparisons: ["Comparisons", ComparisonList, ComparisonPage],
+  experiments: ["Experiments", ExperimentList, ExperimentPage],
   datasets: ["Datasets", DatasetList, DatasetPage],
   predictions: [null, TryIt, PredictionPage],
 };
