@@ -68,11 +68,11 @@ def test_sent_read_named_and_deleted(alone: Stack, tmp_path: Path) -> None:
         assert dataset.id in [one.id for one in client.datasets.list()]
         for named in (dataset, dataset.id, {"id": dataset.id}, types.DatasetRef(id=dataset.id)):
             job = client.extractions.create(model="tiny", dataset=named)
-            assert job.job.request["inputs"] == 250
+            assert client.jobs.get(job.id).request["inputs"] == 250
         for shipped, count in ((CapitalsDataset(limit=8), 8), ("capitals", 296), ({"name": "arithmetic"}, 400)):
             job = client.extractions.create(model="tiny", dataset=shipped)  # type: ignore[arg-type]
-            assert job.job.request["inputs"] == count
-            assert client.probes.create(data={"model": "tiny", "dataset": "capitals"}).job.kind == "probe"
+            assert client.jobs.get(job.id).request["inputs"] == count
+            assert client.probes.create(data={"model": "tiny", "dataset": "capitals"}).id.startswith("job_")
         client.datasets.delete(dataset.id)
         with pytest.raises(errors.NotFound):
             client.datasets.get(dataset.id)
@@ -129,7 +129,7 @@ def test_the_commands(alone: Stack, tmp_path: Path) -> None:
     assert "labels     1 1, 0 1" in shown
     assert [row["input"] for row in json.loads(command("show", added["id"], "--json"))["first"]] == ["=1+1", "b"]
     assert "input=statement" in command("add", str(table), "-c", "input", code=2)
-    assert "line 1" in command("add", str(table), code=1)
+    assert "line 2" in command("add", str(table), code=1)
     assert command("rm", added["id"]) == ""
     assert "deleted" in command("show", added["id"], code=1) or "no dataset" in command("show", added["id"], code=1)
 
