@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import save_file
 
 from bathyscope.types import Experiment
@@ -224,3 +228,45 @@ def test_lists_deletes_and_formats(running: Stack) -> None:
         415,
         "unsupported-media",
     )
+
+
+def test_the_example_runs_from_the_command_line_and_again(running: Stack, tmp_path: Path) -> None:
+    """The real model, on fewer rows and layers than the example has."""
+    content = yaml.safe_load(Path("examples/capitals.yaml").read_text())
+    content["dataset"]["limit"], content["extraction"]["layers"], content["evaluation"]["bootstrap"] = 120, [8, 16], 100
+    file, page = tmp_path / "study.yaml", tmp_path / "study.html"
+    file.write_text(yaml.safe_dump(content))
+    found = []
+    for _ in range(2):
+        command = [sys.executable, "-P", "-m", "bathyscope.cli", "run", str(file), "--report", str(page), "--json"]
+        ended = subprocess.run(
+            command, env=os.environ | {"BATHYSCOPE_URL": running.url}, capture_output=True, text=True
+        )
+        assert ended.returncode == 0, ended.stderr
+        found.append(Experiment.model_validate_json(ended.stdout))
+    assert [stage.reused for stage in found[0].stages] == [False, False]
+    assert [stage.reused for stage in found[1].stages] == [True, True]
+    assert found[1].results == found[0].results
+    assert found[0].results[0].held_out["auroc"]["value"] > 0.6
+    text = page.read_text()
+    assert found[1].id in text
+    assert text.count("data:image/svg+xml") == 2  # one picture in two themes
+
+
+def test_the_page_and_the_pictures_are_of_the_experiment(running: Stack) -> None:
+    name = "<script>alert(1)</script> $x_1$"
+    adapter = added(running.client, archive(6, "peft"), base_model="tiny")
+    config = SMALL | {"model": {"name": "tiny", "adapter": adapter["id"]}, "experiment": {"name": name}}
+    found = run(running, config)
+    page = running.client.get(found["links"]["report"])
+    assert page.headers["content-type"].startswith("text/html")
+    assert "<script>" not in page.text
+    assert "&lt;script&gt;" in page.text
+    assert adapter["id"] in page.text
+    for plot in ("layer_curve", "layer_shift"):
+        for form, begins in (("png", b"\x89PNG"), ("svg", b"<?xml")):
+            answer = running.client.get(f"/v1/experiments/{found['id']}/plots/{plot}?format={form}&theme=dark")
+            assert answer.status_code == 200, answer.text
+            assert answer.content.startswith(begins)
+    alone = run(running, SMALL)
+    problem(running.client.get(f"/v1/experiments/{alone['id']}/plots/layer_shift"), 422, "invalid-request")

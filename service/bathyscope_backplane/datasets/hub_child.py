@@ -50,9 +50,9 @@ def _close_doors() -> None:
 
     The library opens whatever address it names there, and so would ask other services of this network.
     """
-    import fsspec
+    import fsspec  # type: ignore[import-untyped]
 
-    class Closed(fsspec.AbstractFileSystem):
+    class Closed(fsspec.AbstractFileSystem):  # type: ignore[misc]
         def __init__(self, *arguments: object, **options: object) -> None:
             raise ValueError("its configuration names files elsewhere than in its own repository")
 
