@@ -113,6 +113,10 @@ def shown(tmp_path_factory: pytest.TempPathFactory, models: str) -> Iterator[Sho
                     "bootstrap": 50,
                 },
             )
+            found.made["experiment"] = found.make(
+                "/v1/experiments",
+                {"experiment": {"name": "capitals"}, "model": {"name": "tiny"}, "extraction": {"layers": [1, 2]}},
+            )
             yield found
     finally:
         stack.down()
