@@ -19,11 +19,11 @@ from bathyscope_service.comparisons.endpoints import router as comparisons
 from bathyscope_service.context import Context, Places
 from bathyscope_service.dashboard.endpoints import router as dashboard
 from bathyscope_service.datasets.endpoints import router as datasets
+from bathyscope_service.experiments.endpoints import router as experiments
 from bathyscope_service.extractions.endpoints import router as extractions
 from bathyscope_service.guards import Guard
 from bathyscope_service.head import Head
 from bathyscope_service.jobs.endpoints import router as jobs
-from bathyscope_service.experiments.endpoints import router as experiments
 from bathyscope_service.later.endpoints import router as later
 from bathyscope_service.models.endpoints import router as models
 from bathyscope_service.observe import Observe
@@ -78,6 +78,20 @@ def create_app(settings: Settings, *, loopback: bool) -> FastAPI:
     app.add_middleware(Audit)
     app.add_middleware(Observe)
     app.add_middleware(Head)
-    for router in (adapters, comparisons, datasets, experiments, extractions, probes, plots, models, tinker, jobs, system, later, dashboard):
+    for router in (
+        adapters,
+        comparisons,
+        datasets,
+        experiments,
+        extractions,
+        probes,
+        plots,
+        models,
+        tinker,
+        jobs,
+        system,
+        later,
+        dashboard,
+    ):
         app.include_router(router)
     return app

@@ -9,7 +9,7 @@ from pydantic import TypeAdapter
 
 from bathyscope.datasets import Rows
 from bathyscope.errors import FieldError, InvalidRequest
-from bathyscope.types import DatasetRef, ExtractionRequest, Input, ProbeRequest
+from bathyscope.types import ComparisonRequest, DatasetRef, ExtractionRequest, Input, ProbeRequest
 from bathyscope_backplane.datasets.resolving import dataset_rows
 from bathyscope_backplane.keys import ApiKey
 from bathyscope_service.auditing import concerns
@@ -57,6 +57,35 @@ async def probe_with_rows(
     update: dict[str, Any] = {"data": data}
     if body.labels is None:
         update["labels"] = _labels(rows)
+    if body.groups is None and rows.groups is not None:
+        update["groups"] = rows.groups
+    if body.split is None and rows.splits is not None and _assigns(rows.splits):
+        update["split"] = rows.splits
+    return body.model_copy(update=update)
+
+
+async def comparison_with_rows(
+    context: Context, request: Request, caller: ApiKey, memory: Memory, body: ComparisonRequest
+) -> ComparisonRequest:
+    """The request with what its dataset has: inputs, and labels, groups and split where not given."""
+    if body.dataset is None:
+        return body
+    rows = await rows_of(context, request, caller, memory, body.dataset)
+    inputs = await context.apart(request.state.body_bytes, _INPUTS.validate_python, rows.inputs)
+    update: dict[str, Any] = {"inputs": inputs}
+    if body.labels is None:
+        if rows.labels is None:
+            raise InvalidRequest(
+                "Nothing says what the probes are to learn.",
+                errors=[
+                    FieldError(
+                        pointer="/labels",
+                        detail="the dataset has no labels: give one for each of its rows. Whether the model is right "
+                        "differs between variants, and is no label of a comparison",
+                    )
+                ],
+            )
+        update["labels"] = rows.labels
     if body.groups is None and rows.groups is not None:
         update["groups"] = rows.groups
     if body.split is None and rows.splits is not None and _assigns(rows.splits):

@@ -12,8 +12,7 @@ from bathyscope_service.problems import responses
 
 router = APIRouter(tags=["not offered yet"])
 
-_ROUTES: dict[str, tuple[str, ...]] = {
-}
+_ROUTES: dict[str, tuple[str, ...]] = {}
 
 
 def _add(path: str, method: str) -> None:

@@ -51,12 +51,12 @@ async def probe_work(context: Context, request: Request, caller: ApiKey, body: P
         _check_lengths(body, rows)
         await context.apart(request.state.body_bytes, _check_rows, body)
         variant = _asked(body.data.adapter, body.variant)
-        held, depth = await _layers_of(context, body.data.model, body.data.layers)
+        held, depth = await layers_of(context, body.data.model, body.data.layers)
         _check_layers(body, held, depth)
         _check_resamples(body, rows, held, depth, context.plane.settings.limits.max_resampled)
         data.priority = body.priority
         charged, data.inputs = data.inputs, 0  # with the probe's own job, which may still be refused
-        parent, extraction_id, replayed = await _submit_parent(context, request, caller, data)
+        parent, extraction_id, replayed = await submit_parent(context, request, caller, data)
         parents, made_here = (parent,), None if replayed else parent
     elif body.extraction is not None and body.extraction.startswith("job_"):
         record = await job_of(context, caller, body.extraction)
@@ -71,7 +71,7 @@ async def probe_work(context: Context, request: Request, caller: ApiKey, body: P
         rows, extraction_id, parents = record.request.get("inputs"), record.resource_id, (record.id,)
         variant = _asked(record.request.get("adapter"), body.variant)
         asked = record.request.get("layers", "all")
-        held, depth = await _layers_of(context, record.request.get("model", ""), asked)
+        held, depth = await layers_of(context, record.request.get("model", ""), asked)
         _check_pooling(body, record.request.get("pooling", "last"), "/extraction")
     else:
         resource = await resource_of(context, caller, "extraction", body.extraction or "")
@@ -136,14 +136,16 @@ def _asked(adapter: str | list[str] | None, variant: str | None) -> int | None:
     return chosen({}, variant)
 
 
-async def _submit_parent(
-    context: Context, request: Request, caller: ApiKey, work: Work
+async def submit_parent(
+    context: Context, request: Request, caller: ApiKey, work: Work, part: str = "data"
 ) -> tuple[str, str | None, bool]:
     """Queue the extraction of a probe: its job, what it makes, and whether an earlier request queued it.
 
+    `part` tells the extractions of one request apart.
+
     Of an earlier one with the same Idempotency-Key that did not succeed a new one is made, under a key of its own.
     """
-    work.part = "data"
+    work.part = part
     while True:
         parent, replayed = await submit(context, request, caller, work)
         if not replayed:
@@ -151,7 +153,7 @@ async def _submit_parent(
         record = await job_of(context, caller, parent)
         if not record.cancel_requested and record.status not in ("failed", "cancelled", "expired"):
             return parent, record.resource_id, True
-        work.part = f"data after {parent}"
+        work.part = f"{part} after {parent}"
 
 
 async def drop_parent(context: Context, job_id: str) -> None:
@@ -161,7 +163,7 @@ async def drop_parent(context: Context, job_id: str) -> None:
         await context.plane.broker.forget(job_id)
 
 
-async def _layers_of(context: Context, model: str, asked: list[int] | str) -> tuple[list[int] | None, int | None]:
+async def layers_of(context: Context, model: str, asked: list[int] | str) -> tuple[list[int] | None, int | None]:
     """The layers that an extraction in the making will hold, and the model's blocks; null while not known."""
     try:
         entry = await context.plane.workers.entry(context.plane.registry, model)

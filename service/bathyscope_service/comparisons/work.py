@@ -1,0 +1,197 @@
+"""From a valid request for a comparison to its job, and to the extractions it reads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from fastapi import Request
+
+from bathyscope._estimators import check_estimator
+from bathyscope._fold_checks import check_rows
+from bathyscope.errors import FieldError, InvalidRequest, ProblemError, Unavailable
+from bathyscope.types import ComparisonRequest, ExtractionOptions, ExtractionRequest
+from bathyscope_backplane.ids import new_id
+from bathyscope_backplane.keys import ApiKey
+from bathyscope_service.comparisons.variants import Named, named
+from bathyscope_service.context import Context
+from bathyscope_service.extractions.endpoints import extraction_work
+from bathyscope_service.jobs.submission import Work, webhook_of
+from bathyscope_service.probes.work import drop_parent, layers_of, submit_parent
+
+_OPTIONS = tuple(name for name in ExtractionOptions.model_fields if name not in ("adapter", "quantization"))
+_PROBE = (
+    "task",
+    "estimator",
+    "C",
+    "standardize",
+    "covariance",
+    "folds",
+    "near_duplicates",
+    "calibration",
+    "bootstrap",
+    "target_fpr",
+    "seed",
+)
+
+
+async def comparison_work(
+    context: Context, request: Request, caller: ApiKey, body: ComparisonRequest
+) -> tuple[Work, list[str]]:
+    """The job of a comparison, and the ids of the extraction jobs that were queued for it alone, by this request.
+
+    The inputs of a dataset are there already. Everything that can be told here is, before anything is queued.
+    """
+    webhook = webhook_of(context, body)
+    inputs = body.inputs or []
+    await context.apart(request.state.body_bytes, _check_rows, body, len(inputs))
+    variants: list[Named] = []
+    compares = "quantizations"
+    if body.variants is not None:
+        with _moved(lambda pointer: pointer):
+            variants, compares = await named(context, caller, body.variants)
+        asked: list[tuple[str, Any, Any]] = [("data", [one.adapter for one in variants], body.quantization)]
+    else:
+        asked = [(f"data {one}", body.adapter, one) for one in body.quantizations or ()]
+    works = []
+    for number, (_, adapter, quantization) in enumerate(asked):
+        data = ExtractionRequest.model_construct(
+            **{name: getattr(body, name) for name in _OPTIONS},
+            adapter=adapter,
+            quantization=quantization,
+            inputs=inputs,
+            priority=body.priority,
+        )
+        with _moved(_pointers(variants, number)):
+            works.append(await extraction_work(context, caller, data, request.state.body_bytes))
+    held, _ = await layers_of(context, body.model, body.layers)
+    layers = len(held) if held is not None else len(body.layers) if isinstance(body.layers, list) else 1
+    many = len(variants) or len(asked)
+    _check_resamples(body, len(inputs), layers, many, context.plane.settings.limits.max_resampled)
+    charged = 0
+    parents: list[str] = []
+    made_here: list[str] = []
+    extractions: list[str | None] = []
+    try:
+        for (part, _, _), work in zip(asked, works, strict=True):
+            charged, work.inputs = charged + work.inputs, 0  # with the comparison's own job, which may still be refused
+            parent, extraction, replayed = await submit_parent(context, request, caller, work, part)
+            parents.append(parent)
+            extractions.append(extraction)
+            if not replayed:
+                made_here.append(parent)
+    except Unavailable:
+        raise  # whether the last is queued is not known
+    except ProblemError:
+        for parent in made_here:
+            await drop_parent(context, parent)
+        raise
+    if variants:
+        parts: list[dict[str, Any]] = [
+            {
+                "extraction": extractions[0],
+                "variant": place,
+                "name": one.name,
+                "source": one.source,
+                "step": one.step,
+            }
+            for place, one in enumerate(variants)
+        ]
+    else:
+        parts = [
+            {"extraction": extraction, "variant": None, "name": quantization}
+            for extraction, (_, _, quantization) in zip(extractions, asked, strict=True)
+        ]
+    named_split = body.split if isinstance(body.split, str) else None
+    labels = body.labels or []
+    groups: Sequence[Any] = body.groups or [None] * len(labels)
+    split: Sequence[Any] = body.split if isinstance(body.split, list) else [None] * len(labels)
+    return (
+        Work(
+            kind="comparison",
+            lane="cpu",
+            spec={
+                **{name: getattr(body, name) for name in _PROBE},
+                "name": body.name,
+                "metadata": body.metadata,
+                "model": body.model,
+                "compares": compares,
+                "parts": parts,
+                "split": named_split,
+            },
+            rows=[list(row) for row in zip(labels, groups, split, strict=True)],
+            request={
+                **body.model_dump(exclude={"inputs", "labels", "groups", "split", "webhook"}, exclude_defaults=True),
+                "inputs": len(inputs),
+                "labels": len(labels),
+            },
+            resource_id=new_id("cmp"),
+            priority=body.priority,
+            webhook=webhook,
+            parents=tuple(parents),
+            inputs=charged,
+        ),
+        made_here,
+    )
+
+
+def _pointers(variants: list[Named], number: int) -> Callable[[str], str]:
+    """From a pointer into an extraction's request to one into the comparison's."""
+
+    def moved(pointer: str) -> str:
+        if variants and pointer.startswith("/adapter/"):
+            place = int(pointer.rpartition("/")[2])
+            return variants[place].pointer if place < len(variants) else "/variants"
+        if variants and pointer == "/adapter":
+            return "/variants"
+        if not variants and pointer == "/quantization":
+            return f"/quantizations/{number}"
+        return pointer
+
+    return moved
+
+
+@contextmanager
+def _moved(pointers: Callable[[str], str]) -> Iterator[None]:
+    try:
+        yield
+    except ProblemError as error:
+        error.errors = [FieldError(pointer=pointers(one["pointer"]), detail=one["detail"]) for one in error.errors]
+        raise
+
+
+def _check_rows(body: ComparisonRequest, rows: int) -> None:
+    """Refuse labels, groups and a split of which no probe can be learned, whatever the states are."""
+    found = [
+        FieldError(pointer=f"/{name}", detail=f"{len(values)} values for {rows} inputs; give one for each")
+        for name, values in (("labels", body.labels), ("groups", body.groups), ("split", body.split))
+        if isinstance(values, list) and len(values) != rows
+    ]
+    if body.split == "grouped" and not body.groups:
+        found.append(FieldError(pointer="/split", detail="a grouped split needs groups, one a row; or use stratified"))
+    if found:
+        raise InvalidRequest("Labels, groups and split go with the inputs, one for each.", errors=found)
+    task = check_rows(body.labels or [], task=body.task, groups=body.groups, split=body.split, folds=body.folds)
+    check_estimator(body.estimator, penalised=body.C is not None, covariance=body.covariance, task=task)
+    if task == "regression" and body.calibration != "none":
+        detail = "a regression gives values, no probabilities that could be calibrated: use none"
+        raise InvalidRequest(
+            "These settings do not go together.", errors=[FieldError(pointer="/calibration", detail=detail)]
+        )
+
+
+def _check_resamples(body: ComparisonRequest, rows: int, layers: int, variants: int, most: int) -> None:
+    """Refuse intervals that would take a worker many minutes: of every variant, and of the differences."""
+    each = 2 * rows * layers * variants
+    if each * body.bootstrap > most:
+        raise InvalidRequest(
+            "The intervals would take too long.",
+            errors=[
+                FieldError(
+                    pointer="/bootstrap",
+                    detail=f"{body.bootstrap:,} resamples of {rows:,} rows at {layers} layers of {variants} variants "
+                    f"are over the limit: ask for {most // each:,} at most, or for fewer layers",
+                )
+            ],
+        )
