@@ -62,6 +62,7 @@ def test_importing_it_loads_nothing_heavy() -> None:
         (_fields.DatasetFields, types.DatasetFields, set()),
         (_fields.ExtractionFields, types.ExtractionRequest, set()),
         (_fields.ProbeFields, types.ProbeRequest, set()),
+        (_fields.ComparisonFields, types.ComparisonRequest, set()),
         (_fields.PredictFields, types.PredictRequest, {"inputs", "extraction"}),
     ],
 )

@@ -10,6 +10,7 @@ import httpx2
 from bathyscope import _operations, types
 from bathyscope._async_resources import (
     AsyncAdapters,
+    AsyncComparisons,
     AsyncDatasets,
     AsyncExperiments,
     AsyncExtractions,
@@ -54,6 +55,7 @@ class AsyncClient:
         self._connection = AsyncConnection(target, transport)
         self.models = AsyncModels(self._connection)
         self.adapters = AsyncAdapters(self._connection)
+        self.comparisons = AsyncComparisons(self._connection)
         self.datasets = AsyncDatasets(self._connection)
         self.experiments = AsyncExperiments(self._connection)
         self.extractions = AsyncExtractions(self._connection)

@@ -12,6 +12,7 @@ from bathyscope._connection import AsyncConnection
 from bathyscope._extractions import AsyncExtraction
 from bathyscope._fields import (
     AdapterFields,
+    ComparisonFields,
     DatasetFields,
     ExtractionFields,
     InputLike,
@@ -20,6 +21,7 @@ from bathyscope._fields import (
     ProbeFields,
     Reference,
     adapter_body,
+    comparison_body,
     dataset_upload,
     experiment_body,
     extraction_body,
@@ -115,6 +117,30 @@ class AsyncAdapters(_Namespace):
     def list(self, limit: int | None = None) -> AsyncIterator[AsyncAdapter]:
         """One's adapters, newest first."""
         return self._list(AsyncAdapter, path("v1", "adapters"), limit)
+
+
+class AsyncComparisons(_Namespace):
+    """Variants of a model on the same tokens."""
+
+    async def create(
+        self, *, wait: float = 0.0, idempotency_key: str | None = None, **fields: Unpack[ComparisonFields]
+    ) -> AsyncJobHandle[types.Comparison]:
+        """Submit a comparison; the fields are those of `types.ComparisonRequest`, `wait` and `idempotency_key` as in
+        `extractions.create`. `variants` are `base`, adapters and `tinker://RUN/*`; or give `quantizations`."""
+        return await self._submit(path("v1", "comparisons"), comparison_body(fields), wait, idempotency_key)
+
+    async def get(self, comparison_id: str) -> types.Comparison:
+        """One comparison with its report."""
+        comparison: types.Comparison = await self._get(types.Comparison, path("v1", "comparisons", comparison_id))
+        return comparison
+
+    async def delete(self, comparison_id: str) -> None:
+        """Delete a comparison; the extractions that it read stay."""
+        await self._delete(path("v1", "comparisons", comparison_id))
+
+    def list(self, limit: int | None = None) -> AsyncIterator[types.Comparison]:
+        """One's comparisons, newest first, without their reports."""
+        return self._list(types.Comparison, path("v1", "comparisons"), limit)
 
 
 class AsyncDatasets(_Namespace):

@@ -12,6 +12,7 @@ from bathyscope._connection import Connection, Target
 from bathyscope._http import path
 from bathyscope._resources import (
     Adapters,
+    Comparisons,
     Datasets,
     Experiments,
     Extractions,
@@ -64,6 +65,7 @@ class Client:
         self._connection = Connection(target, transport)
         self.models = Models(self._connection)
         self.adapters = Adapters(self._connection)
+        self.comparisons = Comparisons(self._connection)
         self.datasets = Datasets(self._connection)
         self.experiments = Experiments(self._connection)
         self.extractions = Extractions(self._connection)

@@ -114,6 +114,44 @@ class ProbeFields(WorkFields, total=False):
     metadata: Mapping[str, Any] | None
 
 
+class ComparisonFields(WorkFields, total=False):
+    """`types.ComparisonRequest`."""
+
+    model: Required[str]
+    variants: Iterable[Reference] | None
+    quantizations: Iterable[types.Quantization] | None
+    adapter: Reference | None
+    inputs: Iterable[InputLike] | None
+    dataset: types.DatasetRef | types.Dataset | NamedDataset | Mapping[str, Any] | str | None
+    labels: Iterable[Any] | None
+    groups: Iterable[Any] | None
+    split: Literal["random", "stratified", "grouped"] | Iterable[str | int] | None
+    name: str | None
+    task: Literal["auto", "binary", "multiclass", "regression"]
+    quantization: types.Quantization
+    layers: LayersLike
+    pooling: types.Pooling
+    positions: types.Positions | Mapping[str, Any] | None
+    template: Literal["none", "chat"]
+    add_generation_prompt: bool
+    max_length: int | None
+    truncation: Literal["error", "left", "right"]
+    dtype: types.Dtype
+    compute_dtype: types.ComputeDtype
+    batch_invariant: bool
+    near_duplicates: float | None
+    estimator: Literal["logistic", "ridge", "mass_mean", "lda", "mlp"]
+    C: Iterable[float] | None
+    standardize: bool
+    covariance: Literal["none", "shrunk"]
+    folds: int
+    calibration: Literal["none", "platt", "isotonic", "temperature"]
+    bootstrap: int
+    target_fpr: float
+    seed: int
+    metadata: Mapping[str, Any] | None
+
+
 class DatasetFields(TypedDict, total=False):
     """`types.DatasetFields`."""
 
@@ -197,6 +235,14 @@ def probe_body(fields: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(given.get("data"), Mapping):
         given["data"] = _named(given["data"])
     return request(types.ProbeRequest, given)
+
+
+def comparison_body(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The body of `POST /v1/comparisons`."""
+    given = _named(_identified(fields, "adapter"))
+    if given.get("variants") is not None:
+        given["variants"] = [identify(one) for one in given["variants"]]
+    return request(types.ComparisonRequest, given)
 
 
 def predict_body(

@@ -27,6 +27,7 @@ R = TypeVar("R")
 
 _KINDS: dict[str, type[BaseModel]] = {
     "adapter": Adapter,
+    "comparison": types.Comparison,
     "experiment": types.Experiment,
     "extraction": Extraction,
     "probe": Probe,
@@ -35,6 +36,7 @@ _KINDS: dict[str, type[BaseModel]] = {
 }
 _ASYNC_KINDS: dict[str, type[BaseModel]] = {
     "adapter": AsyncAdapter,
+    "comparison": types.Comparison,
     "experiment": types.Experiment,
     "extraction": AsyncExtraction,
     "probe": AsyncProbe,

@@ -12,8 +12,9 @@ from fastapi import APIRouter, Query
 from starlette.responses import HTMLResponse, Response
 
 from bathyscope import errors
-from bathyscope.types import Experiment, Prediction, Probe
+from bathyscope.types import Comparison, Experiment, Prediction, Probe
 from bathyscope_backplane.artifacts import Resource
+from bathyscope_service.comparisons.endpoints import comparison_of
 from bathyscope_service.context import Caller, Context, Ctx, Held
 from bathyscope_service.extractions.representations import row_range
 from bathyscope_service.problems import responses
@@ -74,6 +75,44 @@ async def get_probe_report(probe_id: str, context: Ctx, caller: Caller) -> Respo
     """One HTML page with every figure and picture inside: it needs no network and runs no script."""
     resource = await resource_of(context, caller, "probe", probe_id)
     return await _page(context, lambda: Probe.model_validate(resource.body))
+
+
+@router.get(
+    "/v1/comparisons/{comparison_id}/plots/{name}",
+    summary="A comparison as a picture",
+    response_class=Response,
+    responses=_RESPONSES,
+)
+async def get_comparison_plot(
+    comparison_id: str,
+    name: Literal["layer_curve", "transfer", "layer_shift"],
+    context: Ctx,
+    caller: Caller,
+    memory: Held,
+    format: _Format = "png",
+    theme: _Theme = "light",
+) -> Response:
+    """`layer_curve`, a line a variant; `transfer`, what probes trained on one are worth on another; `layer_shift`."""
+    resource, content = await comparison_of(context, caller, memory, comparison_id)
+
+    def draw() -> bytes:
+        from bathyscope import plots
+
+        return plots.rendered(Comparison.model_validate_json(content), name, format=format, theme=theme)
+
+    return await _picture(context, resource, draw, format)
+
+
+@router.get(
+    "/v1/comparisons/{comparison_id}/report",
+    summary="A comparison as a page",
+    response_class=HTMLResponse,
+    responses=responses(errors.NotFound, errors.Expired, errors.QuotaExceeded),
+)
+async def get_comparison_report(comparison_id: str, context: Ctx, caller: Caller, memory: Held) -> Response:
+    """One HTML page with every figure and picture inside: it needs no network and runs no script."""
+    _, content = await comparison_of(context, caller, memory, comparison_id)
+    return await _page(context, lambda: Comparison.model_validate_json(content))
 
 
 @router.get(

@@ -24,7 +24,7 @@ from matplotlib.figure import Figure as Picture
 
 from bathyscope import types
 from bathyscope.errors import InvalidRequest
-from bathyscope.plots import _experiment, _probe, _tokens
+from bathyscope.plots import _compared, _experiment, _probe, _tokens
 from bathyscope.plots._theme import THEMES, ThemeName, theme_of
 
 PictureFormat = Literal["png", "svg"]
@@ -50,7 +50,14 @@ OF_EXPERIMENTS: dict[str, Callable[..., Picture]] = {
 }
 """By name, what an experiment can be shown as."""
 
-Drawn = types.Probe | types.Prediction | types.Experiment
+OF_COMPARISONS: dict[str, Callable[..., Picture]] = {
+    "layer_curve": _compared.layer_curve,
+    "transfer": _compared.transfer,
+    "layer_shift": _compared.layer_shift,
+}
+"""By name, what a comparison's report can be shown as."""
+
+Drawn = types.Probe | types.Prediction | types.Comparison | types.Experiment
 """What there are pictures of."""
 
 _drawing = threading.Lock()
@@ -58,6 +65,7 @@ _drawing = threading.Lock()
 
 _OF: dict[type[Drawn], dict[str, Callable[..., Picture]]] = {
     types.Prediction: OF_PREDICTIONS,
+    types.Comparison: OF_COMPARISONS,
     types.Experiment: OF_EXPERIMENTS,
     types.Probe: OF_PROBES,
 }
@@ -65,7 +73,8 @@ _OF: dict[type[Drawn], dict[str, Callable[..., Picture]]] = {
 
 def figure(resource: Drawn, name: str, *, theme: str = "light", **options: Any) -> Picture:
     """The picture of that name: `layer_curve`, `reliability`, `roc` or `risk_coverage` of a probe, `tokens` of a
-    prediction (`rows=` says of which inputs), `layer_curve` or `layer_shift` of an experiment.
+    prediction (`rows=` says of which inputs), `layer_curve` or `layer_shift` of an experiment
+    or a comparison, which has `transfer` too.
 
     Raises `InvalidRequest` for a name or theme that there is none of, and where the resource has not got what it shows.
     """

@@ -14,15 +14,18 @@ from os import PathLike
 from pathlib import Path
 
 from bathyscope import types
+from bathyscope.reports._comparison import comparison_page
 from bathyscope.reports._experiment import experiment_page
 from bathyscope.reports._probe import probe_page
 
-Reported = types.Probe | types.Experiment
+Reported = types.Probe | types.Comparison | types.Experiment
 """What there is a report of."""
 
 
 def rendered(resource: Reported) -> str:
     """The page, as text."""
+    if isinstance(resource, types.Comparison):
+        return comparison_page(resource)
     if isinstance(resource, types.Experiment):
         return experiment_page(resource)
     return probe_page(resource)
