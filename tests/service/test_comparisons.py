@@ -129,14 +129,15 @@ def test_a_variants_figures_are_those_of_its_own_probe(running: Stack, adapters:
         assert mine["held_out"]["auroc"]["value"] == pytest.approx(report["held_out"]["auroc"]["value"], abs=1e-9)
 
 
-def test_quantizations_of_one_model(running: Stack, adapters: list[dict[str, Any]]) -> None:
-    found = compare(running, quantizations=["none", "8bit", "4bit"], adapter=adapters[0]["id"])
+def test_quantizations_of_a_real_model(running: Stack) -> None:
+    found = compare(running, model="smollm2", quantizations=["none", "8bit", "4bit"], layers=[8, 15])
     assert found["compares"] == "quantizations"
     assert [one["quantization"] for one in found["variants"]] == ["none", "8bit", "4bit"]
-    assert {one["adapter"] for one in found["variants"]} == {adapters[0]["id"]}
-    eight, four = (shift["layers"][-1]["cosine"]["median"] for shift in found["report"]["shift"])
-    assert 0.5 < four < 1
-    assert four < eight <= 1
+    assert len({one["extraction"] for one in found["variants"]}) == 3
+    eight, four = ([layer["cosine"]["median"] for layer in shift["layers"]] for shift in found["report"]["shift"])
+    assert all(0.9 < coarse < fine < 1 for fine, coarse in zip(eight, four, strict=True))
+    for difference in found["report"]["differences"]:
+        assert all(one["auroc"]["low"] <= one["auroc"]["value"] <= one["auroc"]["high"] for one in difference["layers"])
 
 
 def test_checkpoints_of_a_run_by_step(running: Stack, standin: Standin, tmp_path: Path) -> None:
