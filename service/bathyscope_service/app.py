@@ -24,7 +24,6 @@ from bathyscope_service.extractions.endpoints import router as extractions
 from bathyscope_service.guards import Guard
 from bathyscope_service.head import Head
 from bathyscope_service.jobs.endpoints import router as jobs
-from bathyscope_service.later.endpoints import router as later
 from bathyscope_service.models.endpoints import router as models
 from bathyscope_service.observe import Observe
 from bathyscope_service.plots.endpoints import router as plots
@@ -90,7 +89,6 @@ def create_app(settings: Settings, *, loopback: bool) -> FastAPI:
         tinker,
         jobs,
         system,
-        later,
         dashboard,
     ):
         app.include_router(router)

@@ -32,6 +32,16 @@ _PREDICTION = (
     ("readPrediction", "get", "/v1/predictions/{prediction_id}"),
     ("deletePrediction", "delete", "/v1/predictions/{prediction_id}"),
 )
+_COMPARISON = (
+    ("readComparison", "get", "/v1/comparisons/{comparison_id}"),
+    ("readComparisonReport", "get", "/v1/comparisons/{comparison_id}/report"),
+    ("deleteComparison", "delete", "/v1/comparisons/{comparison_id}"),
+)
+_EXPERIMENT = (
+    ("readExperiment", "get", "/v1/experiments/{experiment_id}"),
+    ("readExperimentReport", "get", "/v1/experiments/{experiment_id}/report"),
+    ("deleteExperiment", "delete", "/v1/experiments/{experiment_id}"),
+)
 _DATASET = (
     ("readDataset", "get", "/v1/datasets/{dataset_id}"),
     ("readRows", "get", "/v1/datasets/{dataset_id}/rows"),
@@ -47,6 +57,12 @@ _LINKS: dict[tuple[str, str], list[tuple[tuple[tuple[str, str, str], ...], str]]
     ("post", "/v1/adapters"): [(_JOB, _ID)],
     ("get", "/v1/adapters"): [(_ADAPTER, _FIRST)],
     ("get", "/v1/adapters/{adapter_id}"): [(_ADAPTER[1:], _ID), (_JOB[:1], "$response.body#/job")],
+    ("post", "/v1/comparisons"): [(_JOB, _ID)],
+    ("get", "/v1/comparisons"): [(_COMPARISON, _FIRST)],
+    ("get", "/v1/comparisons/{comparison_id}"): [(_COMPARISON[1:], _ID), (_JOB[:1], "$response.body#/job")],
+    ("post", "/v1/experiments"): [(_JOB, _ID)],
+    ("get", "/v1/experiments"): [(_EXPERIMENT, _FIRST)],
+    ("get", "/v1/experiments/{experiment_id}"): [(_EXPERIMENT[1:], _ID), (_JOB[:1], "$response.body#/job")],
     ("post", "/v1/datasets"): [(_DATASET, _ID)],
     ("get", "/v1/datasets"): [(_DATASET, _FIRST)],
     ("get", "/v1/datasets/{dataset_id}"): [(_DATASET[1:], _ID)],

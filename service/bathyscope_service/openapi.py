@@ -13,7 +13,15 @@ from bathyscope_service.credentials import HEADERS, MOST_CHARACTERS
 from bathyscope_service.links import add_links
 from bathyscope_service.problems import responses
 
-_BODIES = (types.AdapterRequest, types.ExtractionRequest, types.LoadRequest, types.PredictRequest, types.ProbeRequest)
+_BODIES = (
+    types.AdapterRequest,
+    types.ComparisonRequest,
+    types.ExperimentConfig,
+    types.ExtractionRequest,
+    types.LoadRequest,
+    types.PredictRequest,
+    types.ProbeRequest,
+)
 
 _PREFER = {
     "name": "Prefer",

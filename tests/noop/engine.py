@@ -21,7 +21,9 @@ import orjson
 from numpy.typing import NDArray
 
 from bathyscope import errors
+from bathyscope_workers.engine import comparison_handlers
 from bathyscope_workers.engine.channel import Channel
+from bathyscope_workers.engine.handlers import JobContext
 from bathyscope_workers.engine.process import die_with_parent, ignore_interrupts
 from bathyscope_workers.engine.protocol import RunJob
 from bathyscope_workers.extraction.spec import ExtractionSpec
@@ -106,6 +108,8 @@ class NoopEngine:
     def _result(self, job: RunJob) -> dict[str, Any]:
         if job.kind == "probe":
             return results.probe(job)
+        if job.kind == "comparison":
+            return comparison_handlers.run(job, JobContext(job, beat=lambda: None, progress=lambda *_: None))
         if job.kind == "adapter" and self._kind == "fetch":
             return adapters.fetch(job, lambda seconds: self._pass(job, seconds, "download"))
         if job.kind == "prediction" and self._kind == "cpu":

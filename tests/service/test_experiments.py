@@ -197,7 +197,8 @@ def test_the_same_key_makes_one_experiment(running: Stack) -> None:
         (SMALL | {"extraction": {"layers": [99]}}, 422, "invalid-request", "/extraction/layers/0"),
         (SMALL | {"probe": {"folds": 1}}, 422, "invalid-request", "/probe/folds"),
         (SMALL | {"model": {"name": "tiny", "adapter": "ad_none"}}, 404, "not-found", "/model/adapter"),
-        (SMALL | {"model": {"name": "tiny", "adapter": "x"}}, 422, "invalid-request", "/model/adapter"),
+        (SMALL | {"model": {"name": "tiny", "adapter": "x"}}, 404, "not-found", "/model/adapter"),
+        (SMALL | {"model": {"name": "tiny", "adapter": "ftp://x"}}, 422, "invalid-request", "/model/adapter"),
         (b"model: [", 400, "malformed-body", None),
     ],
 )

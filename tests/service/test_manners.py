@@ -136,28 +136,6 @@ def test_sizes_are_judged_before_anything_is_queued(live: Stack) -> None:
 
 
 @pytest.mark.parametrize(
-    "body",
-    [
-        {"inputs": None, "dataset": {"name": "mmlu"}},
-    ],
-)
-def test_what_is_not_offered_yet_says_so(live: Stack, body: dict[str, Any]) -> None:
-    problem(live.post("/v1/extractions", {"model": "tiny", "inputs": ["a"], **body}), 501, "not-built")
-
-
-@pytest.mark.parametrize(
-    ("method", "path"),
-    [
-        ("GET", "/v1/datasets"),
-        ("POST", "/v1/comparisons"),
-        ("POST", "/v1/experiments"),
-    ],
-)
-def test_routes_that_are_not_offered_yet_say_so(live: Stack, method: str, path: str) -> None:
-    problem(live.client.request(method, path), 501, "not-built")
-
-
-@pytest.mark.parametrize(
     ("method", "path", "status", "slug"),
     [
         ("GET", "/v1/nothing", 404, "not-found"),

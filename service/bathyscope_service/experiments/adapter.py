@@ -53,7 +53,7 @@ def adapter_of(config: ExperimentConfig) -> tuple[str | None, list[str]]:
         raise InvalidRequest(
             "The checkpoint is not one of Tinker.", errors=[FieldError(pointer=pointer, detail=detail)]
         )
-    if source is not None and not source.startswith((*_SCHEMES, "ad_")):
+    if source is not None and "://" in source and not source.startswith(_SCHEMES):
         detail = f"give the id of an adapter (ad_…), or a source that begins with {', '.join(_SCHEMES)}"
         raise InvalidRequest("The adapter is not named.", errors=[FieldError(pointer=pointer, detail=detail)])
     for name, given in (

@@ -169,7 +169,7 @@ async def _probe_request(plan: Plan, memory: Memory) -> ProbeRequest:
 async def _adapter(plan: Plan, source: str) -> Stage:
     stage = Stage("adapter")
     plan.stages.append(stage)
-    if source.startswith("ad_"):
+    if "://" not in source:
         try:
             found: Resource | None = await resource_of(plan.context, plan.caller, "adapter", source)
         except (errors.NotFound, errors.Expired) as error:

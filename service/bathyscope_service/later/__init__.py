@@ -1,1 +1,0 @@
-"""Routes of the contract that this version answers with 501."""
