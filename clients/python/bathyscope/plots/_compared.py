@@ -59,7 +59,7 @@ def transfer(comparison: types.Comparison, theme: Theme) -> Picture:
         [one.name for one in report.variants],
         theme,
         title=f"Transfer of probes: {subject(comparison)}",
-        note="on rows held out; the layer is chosen by the variant trained on",
+        note="on rows held out, at the layer of the one trained on",
         metric=_NAMES[found.metric],
     )
 
