@@ -25,7 +25,7 @@ from benchmarks.measure import Spread, alternately, over, timed
 from benchmarks.reference import relative_errors
 from benchmarks.report import Comparison, Goal, Limit, Row
 
-ADAPTERS, RANK, TEXTS, ROUNDS = 8, 16, 96, 3
+ADAPTERS, RANK, TEXTS, ROUNDS = 8, 16, 96, 2
 MANY, MANY_RANK, ATTACH_ROUNDS = 64, 8, 5
 TIMES, EXACT, GROWTH = 4.0, 1e-5, 1.25
 

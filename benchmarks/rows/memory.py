@@ -16,7 +16,7 @@ from benchmarks.measure import Spread, over, timed
 from benchmarks.report import Comparison, Goal, Limit, Row
 from benchmarks.rss import Watch
 
-TEXTS = (2_000, 10_000)
+TEXTS = (1_000, 10_000)
 """In the default run and in the full one."""
 SHARE = 1 / 3
 _SAMPLE = 128

@@ -21,7 +21,7 @@ from benchmarks.stack import MODEL, Stack, running
 
 LAYERS = [8, 15]
 SHARDS = 12
-TEXTS = (240, 5_000)
+TEXTS = (144, 5_000)
 """Of the large job, in the default run and in the full one."""
 ROUNDS = 2
 EXACT = 1e-5
