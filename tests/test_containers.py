@@ -213,7 +213,10 @@ def test_the_requirements_are_those_of_the_extra(extra: str) -> None:
     assert told.returncode == 0, told.stderr
     names = {re.split(r"[\[<>=!~; ]", line)[0] for line in told.stdout.splitlines()}
     document = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    wanted = [*document["dependencies"], *document["optional-dependencies"][extra], "typer"]
+    extras = document["optional-dependencies"]
+    own = re.compile(r"bathyscope\[(.*)\]")
+    named = [name for line in extras[extra] if (found := own.match(line)) for name in found[1].split(",")]
+    wanted = [*document["dependencies"], *extras[extra], *(line for name in named for line in extras[name])]
     assert names == {re.split(r"[\[<>=!~; ]", line)[0] for line in wanted} - {"bathyscope"}
     assert ("torch" in names) == (extra == "worker")
     dockerfile = next(path for path in DOCKERFILES if path.stem == extra)

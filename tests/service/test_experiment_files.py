@@ -6,7 +6,6 @@ import json
 from typing import Any
 
 import pytest
-import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -123,8 +122,6 @@ def test_anything_else_is_a_malformed_body_or_an_unknown_key(text: bytes) -> Non
         content = from_yaml(text)
     except MalformedBody:
         return
-    plain = yaml.safe_load(text) if text.strip() and b"!" not in text else None
-    assert type(plain) is not dict or isinstance(content, dict)
     if not (isinstance(content, dict) and not content):
         with pytest.raises(InvalidRequest):
             refuse_unknown(content)
