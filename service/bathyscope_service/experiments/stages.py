@@ -238,10 +238,18 @@ async def _probe(plan: Plan, probe: ProbeRequest, extraction: Stage, variant: st
     )
     # One of an adapter that is still to be fetched is checked as the base's, whose rows it shares.
     pending = variant == "adapter" and named is None
-    with pointing("/probe"):
-        work, _ = await probe_work(
-            plan.context, plan.request, plan.caller, body.model_copy(update={"variant": "base"}) if pending else body
-        )
+    try:
+        with pointing("/probe"):
+            work, _ = await probe_work(
+                plan.context,
+                plan.request,
+                plan.caller,
+                body.model_copy(update={"variant": "base"}) if pending else body,
+            )
+    except errors.StateConflict:
+        # The states came to nothing meanwhile, and so will this: the experiment fails by its parent and tells why.
+        stage.job = extraction.job
+        return
     if pending:
         work.spec["variant"] = 1
     await plan.queue(stage, work)
