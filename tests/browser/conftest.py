@@ -26,8 +26,9 @@ def chromium() -> str | None:
     return next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
+    """Ended with its module: while its driver lives its loop runs in this thread, and no other test's loop could."""
     found = chromium()
     if found is None:
         assert "CI" not in os.environ, "CI installs Chromium: .ci/run"
@@ -60,7 +61,7 @@ class Shown:
         return str(job["resource"].rpartition("/")[2])
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def shown(tmp_path_factory: pytest.TempPathFactory, models: str) -> Iterator[Shown]:
     stack = Stack(tmp_path_factory.mktemp("shown"), models=models)
     try:
