@@ -30,7 +30,7 @@ from bathyscope_backplane.ids import new_id
 from bathyscope_backplane.keys import LOCAL
 from bathyscope_backplane.plane import open_backplane
 from bathyscope_backplane.settings import Settings
-from bathyscope_service.context import Context, Places
+from bathyscope_service.context import Context, Memory, Places
 from bathyscope_service.extractions.representations import States
 from bathyscope_service.jobs.endpoints import job_events
 from bathyscope_service.jobs.submission import Work, answer, submit
@@ -134,7 +134,7 @@ async def test_the_extraction_of_a_probe_that_may_be_queued_goes_on(context: Con
     data = {"model": "smollm2", "inputs": ["a", "b", "c", "d"]}
     body = ProbeRequest.model_validate({"data": data, "labels": [0, 1, 0, 1], "folds": 2})
     with pytest.raises(Unavailable):
-        await create_probe(request(), context, LOCAL, body)
+        await create_probe(request(), context, LOCAL, Memory(context.memory, LOCAL.id), body)
     async with asyncio.timeout(20):
         jobs = (await broker.list("local", limit=9)).jobs
         while len(jobs) < 2:
