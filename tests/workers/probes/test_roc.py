@@ -63,3 +63,10 @@ def test_many_rows_give_few_points() -> None:
 
 def test_folds_of_one_class_have_no_part() -> None:
     assert roc_curve(np.array([1, 1, 0, 0]), np.array([0.1, 0.2, 0.3, 0.4]), np.array([0, 0, 1, 1])) is None
+
+
+def test_it_ends_at_one_where_the_folds_shares_add_up_to_a_little_less() -> None:
+    assert sum([1 / 6] * 6) < 1
+    curve = roc_curve(np.array([0, 1] * 6), np.array([0.2, 0.8] * 6), np.repeat(np.arange(6), 2))
+    assert curve is not None
+    assert curve["true_positive_rate"][-1] == 1.0

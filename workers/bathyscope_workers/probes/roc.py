@@ -41,6 +41,7 @@ def roc_curve(y: Codes, probability: Floats, strata: Codes | None = None) -> dic
     weights = np.array(pairs) / sum(pairs)
     ends = [weights @ np.stack([_at(x, t, grid, side) for x, t in curves]) for side in ("left", "right")]
     x, t = np.repeat(grid, 2), np.stack(ends, axis=1).ravel()
+    t[-1] = 1.0  # the weights may add up to a little less
     kept = np.r_[True, (np.diff(x) > 0) | (np.diff(t) > 0)]
     return {
         "false_positive_rate": [float(value) for value in x[kept]],
