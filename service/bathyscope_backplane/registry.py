@@ -138,6 +138,16 @@ class ModelRegistry:
         offer = f" Near it: {', '.join(near)}." if near else " No model is offered at all."
         raise ModelUnknown(f"The model {name!r} is not offered here; see GET /v1/models.{offer}")
 
+    def same_weights(self, name: str, entry: ModelEntry) -> bool:
+        """Whether a name means the weights of a model: its own name, or another of the same source and revision."""
+        if name == entry.name:
+            return True
+        try:
+            other = self.get(name)
+        except ModelUnknown:
+            return False
+        return (other.source, other.revision) == (entry.source, entry.revision)
+
 
 def append_model(path: Path, entry: ModelEntry) -> None:
     """Add an entry to the operator's file, or replace the one of that name, keeping the others as they parse."""

@@ -6,13 +6,27 @@ has expired, so whoever asks looks; it is lost without harm, and goes by itself 
 
 from __future__ import annotations
 
+import hashlib
 from typing import Any
 
+import orjson
 from redis.asyncio import Redis, RedisCluster
 
 from bathyscope_backplane.broker import answer
 
 _PATIENCE_S = 8.0
+_FORMAT = 2
+"""Raised whenever stages come to mean something else."""
+
+
+def stage_digest(*parts: Any) -> str:
+    """SHA-256 over all that a stage depends on, as JSON."""
+    return hashlib.sha256(orjson.dumps([_FORMAT, *parts], option=orjson.OPT_SORT_KEYS)).hexdigest()
+
+
+def adapter_digest(source: str, base_model: str) -> str | None:
+    """Of an adapter by its source; null for one whose weights may change under the same name."""
+    return stage_digest("adapter", source, base_model) if source.startswith("tinker://") else None
 
 
 class ReuseIndex:

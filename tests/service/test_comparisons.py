@@ -140,21 +140,133 @@ def test_quantizations_of_a_real_model(running: Stack) -> None:
         assert all(one["auroc"]["low"] <= one["auroc"]["value"] <= one["auroc"]["high"] for one in difference["layers"])
 
 
-def test_checkpoints_of_a_run_by_step(running: Stack, standin: Standin, tmp_path: Path) -> None:
+def checkpoint(folder: Path, seed: int) -> Path:
+    """Files as Tinker writes them."""
+    folder.mkdir()
+    save_file(tensors(seed), folder / "adapter_model.safetensors")
+    said = {"peft_type": "LORA", "bias": "none", "r": RANK, "lora_alpha": ALPHA, "target_modules": "all-linear"}
+    (folder / "adapter_config.json").write_text(json.dumps(said))
+    (folder / "checkpoint_complete").write_text("")
+    return folder
+
+
+def fetches(running: Stack) -> int:
+    """How many adapters were asked for so far."""
+    return len(running.client.get("/v1/jobs?kind=adapter&limit=200").json()["data"])
+
+
+def test_checkpoints_of_a_run_are_fetched_and_stand_by_step(running: Stack, standin: Standin, tmp_path: Path) -> None:
     run = standin.add_run(base_model="org/tiny", rank=RANK, key=MINE)
     for step in (20, 3, 100):
-        folder = tmp_path / str(step)
-        folder.mkdir()
-        save_file(tensors(step), folder / "adapter_model.safetensors")
-        said = {"peft_type": "LORA", "bias": "none", "r": RANK, "lora_alpha": ALPHA, "target_modules": "all-linear"}
-        (folder / "adapter_config.json").write_text(json.dumps(said))
-        (folder / "checkpoint_complete").write_text("")
+        folder = checkpoint(tmp_path / str(step), step)
+        run.add_checkpoint("weights", f"step-{step}", folder)
         source = run.add_checkpoint("external_weights", f"step-{step}", folder)
-        job = running.job(running.post("/v1/adapters", {"source": source, "base_model": "org/tiny"}).json()["id"])
-        assert job["status"] == "succeeded", job["error"]["detail"]
+    run.add_checkpoint("external_weights", "final", tmp_path / "100")  # the last step once more
+    run.add_checkpoint("weights", "state-50", tmp_path / "3")  # which only a billed session could give
+    job = running.job(running.post("/v1/adapters", {"source": source, "base_model": "org/tiny"}).json()["id"])
+    assert job["status"] == "succeeded", job["error"]["detail"]
+    asked = fetches(running)
     found = compare(running, model="org/tiny", variants=["base", f"tinker://{run.id}/*"])
+    assert fetches(running) == asked + 3  # what is an adapter already is not fetched again
     assert found["compares"] == "checkpoints"
-    assert [one["step"] for one in found["variants"]] == [None, 3, 20, 100]
+    assert [one["name"] for one in found["variants"]] == ["base", "step-3", "step-20", "step-100", "final"]
+    assert [one["step"] for one in found["variants"]] == [None, 3, 20, 100, None]
+    assert [one["source"] for one in found["variants"][1:]] == [
+        f"tinker://{run.id}/external_weights/{name}" for name in ("step-3", "step-20", "step-100", "final")
+    ]
+    assert len({one["digest"] for one in found["variants"]}) == 4  # the end has the weights of the last step
+    assert found["variants"][3]["adapter"] == found["variants"][4]["adapter"] == job["resource"].rpartition("/")[2]
+    assert [one["held_out"] for one in found["report"]["differences"]][2:] == [
+        found["report"]["differences"][2]["held_out"]
+    ] * 2
+    [notice] = found["notices"]
+    assert "state-50" in notice
+    assert "training checkpoint" in notice
+    # Row by row the same as with adapters that were made before, and nothing is fetched now.
+    again = compare(running, model="org/tiny", variants=["base", f"tinker://{run.id}/*"])
+    assert fetches(running) == asked + 3
+    assert again["report"] == found["report"]
+    for form, begins in (("png", b"\x89PNG"), ("svg", b"<?xml")):
+        answer = running.client.get(f"/v1/comparisons/{found['id']}/plots/steps?format={form}")
+        assert answer.content.startswith(begins), answer.text
+    page = running.client.get(found["links"]["report"]).text
+    assert page.count("data:image/svg+xml") == 8
+    assert "state-50" in page
+
+
+def test_checkpoints_come_with_the_key_of_the_request(running: Stack, standin: Standin, tmp_path: Path) -> None:
+    theirs = f"tml-{secrets.token_hex(16)}"
+    standin.add_key(theirs)
+    run = standin.add_run(base_model="org/tiny", rank=RANK, key=theirs)
+    run.add_checkpoint("external_weights", "1", checkpoint(tmp_path / "1", 7))
+    request = body(model="org/tiny", variants=[f"tinker://{run.id}/*", "base"])
+    found = problem(running.post("/v1/comparisons", request, wait=0), 404, "tinker-not-found")  # the operator's key
+    assert [one["pointer"] for one in found["errors"]] == ["/variants/0"]
+    assert running.client.get("/v1/jobs").json()["data"][0]["kind"] != "adapter"
+    with bathyscope.Client(running.url, tinker_api_key=theirs) as client:
+        job = client.comparisons.create(**request, idempotency_key="once")
+        done = job.wait()
+        assert [one.name for one in done.variants] == ["1", "base"]
+        assert client.comparisons.create(**request, idempotency_key="once").id == job.id
+    assert theirs not in json.dumps(running.client.get("/v1/jobs?limit=200").json())
+
+
+def test_a_checkpoint_that_cannot_be_had_fails_the_comparison_with_its_reason(
+    running: Stack, standin: Standin, tmp_path: Path
+) -> None:
+    run = standin.add_run(base_model="org/tiny", rank=RANK, key=MINE)
+    folder = checkpoint(tmp_path / "1", 8)
+    run.add_checkpoint("external_weights", "1", folder)
+    (folder / "adapter_model.safetensors").unlink()
+    run.add_checkpoint("external_weights", "2", folder)
+    request = body(model="org/tiny", variants=["base", f"tinker://{run.id}/*"])
+    job = running.job(running.post("/v1/comparisons", request, wait=0).json()["id"])
+    assert job["status"] == "failed"
+    cause = job["error"]
+    while cause.get("cause"):
+        cause = cause["cause"]
+    assert cause["type"] == "/problems/adapter-incomplete", job["error"]
+    states = [one for one in running.client.get("/v1/jobs").json()["data"] if one["kind"] == "extraction"][0]
+    assert states["status"] == "failed"
+
+
+@pytest.mark.parametrize(
+    ("run", "status", "slug", "says"),
+    [
+        ("empty", 422, "invalid-request", "no checkpoints"),
+        ("training", 403, "tinker-export-off", "training checkpoints only"),
+        ("other", 404, "tinker-not-found", "no such run"),
+        ("..", 422, "invalid-request", "tinker://RUN"),
+        ("many", 422, "invalid-request", "by their adapters' ids"),
+    ],
+)
+def test_a_run_that_gives_nothing_to_compare(
+    running: Stack, standin: Standin, tmp_path: Path, run: str, status: int, slug: str, says: str
+) -> None:
+    made = standin.add_run(base_model="org/tiny", rank=RANK, key=MINE)
+    if run == "training":
+        made.add_checkpoint("weights", "1", checkpoint(tmp_path / "1", 1))
+    for number in range(17 if run == "many" else 0):
+        made.add_checkpoint("external_weights", str(number), {})
+    named = made.id if run in ("empty", "training", "many") else run
+    before = len(running.client.get("/v1/jobs?limit=200").json()["data"])
+    request = body(model="org/tiny", variants=["base", f"tinker://{named}/*"])
+    found = problem(running.post("/v1/comparisons", request, wait=0), status, slug)
+    assert says in f"{found['detail']} {found['errors']}"
+    assert found["errors"][0]["pointer"].startswith("/variants")
+    assert len(running.client.get("/v1/jobs?limit=200").json()["data"]) == before
+
+
+def test_what_is_wrong_beside_a_run_is_told_before_anything_is_fetched(
+    running: Stack, standin: Standin, tmp_path: Path
+) -> None:
+    run = standin.add_run(base_model="org/tiny", rank=RANK, key=MINE)
+    run.add_checkpoint("external_weights", "1", checkpoint(tmp_path / "1", 9))
+    before = fetches(running)
+    request = body(model="org/tiny", variants=["base", f"tinker://{run.id}/*"], layers=[99])
+    found = problem(running.post("/v1/comparisons", request, wait=0), 422, "invalid-request")
+    assert [one["pointer"] for one in found["errors"]] == ["/layers/0"]
+    assert fetches(running) == before
 
 
 def test_a_dataset_brings_its_own_labels(running: Stack, adapters: list[dict[str, Any]]) -> None:
@@ -211,7 +323,7 @@ def test_the_sdk_says_the_same(running: Stack, adapters: list[dict[str, Any]], t
         ({"variants": ["base"]}, 422, "invalid-request", ""),
         ({"variants": ["base", "base"]}, 422, "invalid-request", ""),
         ({"variants": ["base", "ad_none"]}, 404, "not-found", None),
-        ({"variants": ["base", "tinker://none/*"]}, 422, "invalid-request", "/variants/1"),
+        ({"variants": ["base", "tinker://none/*"]}, 404, "tinker-not-found", "/variants/1"),
         ({"variants": ["base", "tinker://run/weights/1"]}, 422, "invalid-request", "/variants/1"),
         ({"quantizations": ["none"]}, 422, "invalid-request", "/quantizations"),
         ({"quantizations": ["none", "2bit"]}, 422, "invalid-request", "/quantizations/1"),

@@ -42,13 +42,19 @@ def standin() -> Iterator[Standin]:
 
 
 @pytest.fixture(scope="module")
-def running(tmp_path_factory: pytest.TempPathFactory, models: str, standin: Standin) -> Iterator[Stack]:
+def imports(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("imports")
+
+
+@pytest.fixture(scope="module")
+def running(tmp_path_factory: pytest.TempPathFactory, models: str, standin: Standin, imports: Path) -> Iterator[Stack]:
     """Beside the small models a random Llama of thirty-two blocks, under the name of the one in people's files."""
     llama = write_tiny(tmp_path_factory.mktemp("llama"), CORPUS, blocks=BLOCKS)
     made = Stack(
         tmp_path_factory.mktemp("experiments"),
         models=f"{models},meta-llama/Llama-3.1-8B={llama}",
         worker__adopt_seconds=0,
+        adapters__import_dir=str(imports),
         adapters__tinker_url=standin.url,
         adapters__tinker_api_key=KEY,
         adapters__call_seconds=20,
@@ -112,21 +118,39 @@ def test_an_adapter_is_compared_with_its_base(running: Stack) -> None:
     adapter = added(running.client, archive(5, "peft"), base_model="tiny")
     config = SMALL | {"model": {"name": "tiny", "adapter": adapter["id"]}}
     found = run(running, config)
-    assert reused(found) == {"adapter": True, "extraction": False, "probe base": False, "probe adapter": False}
+    assert reused(found) == {
+        "adapter": True,
+        "extraction": False,
+        "probe base": False,
+        "probe adapter": False,
+        "comparison": False,
+    }
     base, tuned = found["results"]
     assert (base["variant"], tuned["variant"]) == ("base", adapter["id"])
     assert found["digests"]["adapter"] == adapter["digest"]
     assert len(found["relative_change"]) == 3
     assert min(found["relative_change"]) > 0
-    difference = tuned["held_out"]["auroc"]["value"] - base["held_out"]["auroc"]["value"]
-    assert found["differences"]["auroc"]["value"] == pytest.approx(difference)
-    assert all(reused(run(running, config)).values())
+    # The same rows, folds and seed: the comparison comes to the probes' own figures, and knows how their difference
+    # spreads.
+    for name, figure in found["differences"].items():
+        values = [result["held_out"][name]["value"] for result in (base, tuned)]
+        assert figure["value"] == pytest.approx(values[1] - values[0], abs=1e-9)
+        assert figure["low"] <= figure["value"] <= figure["high"]
+    for place, result in enumerate((base, tuned)):
+        own = found["transfer"][place][place]["value"]
+        assert own == pytest.approx(result["held_out"]["auroc"]["value"], abs=1e-9)
+    moved = [layer["relative_norm"]["mean"] for layer in found["shift"]]
+    assert moved == pytest.approx(found["relative_change"], rel=1e-3)
+    assert running.client.get(found["links"]["comparison"]).json()["report"]["variants"][0]["name"] == "base"
+    again = run(running, config)
+    assert all(reused(again).values())
+    assert (again["results"], again["differences"]) == (found["results"], found["differences"])
 
 
-def llama_adapter(folder: Path) -> Path:
+def llama_adapter(folder: Path, seed: int = 3) -> Path:
     """As Tinker writes one, for every block."""
-    folder.mkdir()
-    torch.manual_seed(3)
+    folder.mkdir(exist_ok=True)
+    torch.manual_seed(seed)
     tensors = {}
     for layer in range(BLOCKS):
         prefix = f"base_model.model.model.layers.{layer}.self_attn.q_proj"
@@ -145,7 +169,7 @@ def test_the_file_that_people_have_runs_as_it_stands(running: Stack, standin: St
     made.add_checkpoint("external_weights", "final", folder)
     made.add_checkpoint("sampler_weights", "final", folder)
     found = run(running, LLAMA)
-    assert reused(found) == {"adapter": False, "extraction": False, "probe base": False, "probe adapter": False}
+    assert not any(reused(found).values())
     assert found["layers"] == [8, 16, 24, 31]
     assert len(found["notices"]) == 3
     assert [result["variant"] for result in found["results"]] == [
@@ -154,8 +178,29 @@ def test_the_file_that_people_have_runs_as_it_stands(running: Stack, standin: St
     ]
     assert min(found["relative_change"]) > 0
     again = run(running, LLAMA)
-    assert reused(again)["adapter"]
-    assert again["results"] == found["results"] or reused(again)["extraction"] is False
+    assert all(reused(again).values())
+    for name in ("results", "differences", "digests"):
+        assert again[name] == found[name]
+
+
+def test_an_adapter_that_is_fetched_anew_leaves_the_rest_as_it_is(running: Stack, imports: Path) -> None:
+    """A file may hold other weights the next time: only the worker sees that they are the same, or not."""
+    llama_adapter(imports / "mine", seed=1)
+    config = SMALL | {
+        "model": {"name": "meta-llama/Llama-3.1-8B", "adapter": f"file://{imports / 'mine'}"},
+        "extraction": {"layers": [3]},
+    }
+    found = run(running, config)
+    again = run(running, config)
+    assert [stage["job"] is None for stage in again["stages"]] == [False] * 5
+    assert all(reused(again).values())
+    assert [one["resource"] for one in again["stages"]] == [one["resource"] for one in found["stages"]]
+    assert again["results"] == found["results"]
+    (imports / "mine" / "adapter_model.safetensors").unlink()
+    llama_adapter(imports / "mine", seed=2)
+    other = run(running, config)
+    assert not any(reused(other).values())
+    assert other["digests"]["adapter"] != found["digests"]["adapter"]
 
 
 def test_a_stage_that_fails_is_the_experiments_failure(running: Stack, standin: Standin) -> None:
@@ -264,7 +309,7 @@ def test_the_page_and_the_pictures_are_of_the_experiment(running: Stack) -> None
     assert "<script>" not in page.text
     assert "&lt;script&gt;" in page.text
     assert adapter["id"] in page.text
-    for plot in ("layer_curve", "layer_shift"):
+    for plot in ("layer_curve", "transfer", "layer_shift"):
         for form, begins in (("png", b"\x89PNG"), ("svg", b"<?xml")):
             answer = running.client.get(f"/v1/experiments/{found['id']}/plots/{plot}?format={form}&theme=dark")
             assert answer.status_code == 200, answer.text

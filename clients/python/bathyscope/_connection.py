@@ -81,12 +81,12 @@ class Target:
             hf_token=_sendable("token for the hub", hf_token),
         )
 
-    def credentials(self, source: str) -> dict[str, str]:
-        """The headers of a request that has the service fetch from `source`; no other request carries them."""
+    def credentials(self, *sources: str) -> dict[str, str]:
+        """The headers of a request that has the service fetch from `sources`; no other request carries them."""
         headers = {}
-        if self.tinker_api_key is not None and source.startswith("tinker://"):
+        if self.tinker_api_key is not None and any(one.startswith("tinker://") for one in sources):
             headers["X-Tinker-Api-Key"] = self.tinker_api_key
-        if self.hf_token is not None and source.startswith("hf://"):
+        if self.hf_token is not None and any(one.startswith("hf://") for one in sources):
             headers["X-HF-Token"] = self.hf_token
         return headers
 

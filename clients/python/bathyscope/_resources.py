@@ -126,8 +126,13 @@ class Comparisons(_Namespace):
         self, *, wait: float = 0.0, idempotency_key: str | None = None, **fields: Unpack[ComparisonFields]
     ) -> JobHandle[types.Comparison]:
         """Submit a comparison; the fields are those of `types.ComparisonRequest`, `wait` and `idempotency_key` as in
-        `extractions.create`. `variants` are `base`, adapters and `tinker://RUN/*`; or give `quantizations`."""
-        return self._submit(path("v1", "comparisons"), comparison_body(fields), wait, idempotency_key)
+        `extractions.create`. `variants` are `base`, adapters and `tinker://RUN/*`; or give `quantizations`.
+
+        With a run of Tinker the client's `tinker_api_key` goes along, for what has to be fetched.
+        """
+        body = comparison_body(fields)
+        headers = self._connection.target.credentials(*(body.get("variants") or ()))
+        return self._submit(path("v1", "comparisons"), body, wait, idempotency_key, headers=headers)
 
     def get(self, comparison_id: str) -> types.Comparison:
         """One comparison with its report."""
@@ -197,9 +202,7 @@ class Experiments(_Namespace):
         With an adapter of Tinker or the hub the client's `tinker_api_key` or `hf_token` goes along, for it alone.
         """
         body, yaml, schemes = experiment_body(config)
-        headers: dict[str, str] = {}
-        for scheme in schemes:
-            headers |= self._connection.target.credentials(scheme)
+        headers = self._connection.target.credentials(*schemes)
         return self._submit(path("v1", "experiments"), body, wait, idempotency_key, headers=headers, yaml=yaml)
 
     def get(self, experiment_id: str) -> types.Experiment:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from bathyscope.errors import AdapterBaseMismatch, Expired, FieldError, InvalidRequest, ModelUnknown, NotFound
+from bathyscope.errors import AdapterBaseMismatch, Expired, FieldError, InvalidRequest, NotFound, StateConflict
 from bathyscope_backplane.artifacts import Resource
 from bathyscope_backplane.keys import ApiKey
 from bathyscope_backplane.registry import ModelEntry, ModelRegistry
 from bathyscope_service.context import Context
+from bathyscope_service.jobs.views import job_of
 from bathyscope_service.resources import resource_of
 
 BASE = "base"
@@ -21,10 +22,15 @@ class Variants:
     """The variants of an extraction, in their order."""
 
     wire: list[dict[str, Any] | None]
-    """As the worker is told: null for the base."""
+    """As the worker is told: null for the base, and of an adapter in the making its `job`."""
 
     paired: bool
     """Whether a list was asked for, so that the result has an axis for them."""
+
+    @property
+    def jobs(self) -> tuple[str, ...]:
+        """Of adapters in the making: they come before what needs them."""
+        return tuple(one["job"] for one in self.wire if one is not None and "job" in one)
 
     @property
     def spec(self) -> dict[str, Any]:
@@ -34,17 +40,20 @@ class Variants:
         return {"variants": self.wire, "paired": self.paired}
 
 
-async def resolve(context: Context, caller: ApiKey, asked: str | list[str] | None, entry: ModelEntry) -> Variants:
-    """The adapters of a request, which must be the caller's and made for the model.
+async def resolve(
+    context: Context, caller: ApiKey, asked: str | list[str] | None, entry: ModelEntry, *, repeats: bool = False
+) -> Variants:
+    """The adapters of a request, which must be the caller's and made for the model; `job_…` is what that job makes.
 
-    Raises `NotFound`, also for another's, `Expired`, `AdapterBaseMismatch` and `InvalidRequest`, with pointers.
+    Raises `NotFound`, also for another's, `Expired`, `AdapterBaseMismatch`, `InvalidRequest` and, of a job that came to
+    nothing, `StateConflict`, with pointers.
     """
     if not isinstance(asked, list):
         return Variants([await _resolve(context, caller, asked, entry, "/adapter")], False)
     most = context.plane.settings.limits.max_variants
     if len(asked) > most:
         raise _invalid("/adapter", f"{len(asked)} variants, and one extraction has {most} at most")
-    if len(set(asked)) != len(asked):
+    if len(set(asked)) != len(asked) and not repeats:
         twice = next(number for number, one in enumerate(asked) if one in asked[:number])
         raise _invalid(f"/adapter/{twice}", "it is named twice")
     return Variants(
@@ -58,7 +67,10 @@ async def _resolve(
     if asked in (None, BASE):
         return None
     try:
-        adapter = await resource_of(context, caller, "adapter", asked)
+        made = await _made_by(context, caller, asked, pointer) if asked.startswith("job_") else asked
+        if made is None:
+            return {"job": asked}
+        adapter = await resource_of(context, caller, "adapter", made)
     except (NotFound, Expired) as error:
         error.errors = [FieldError(pointer=pointer, detail="name an adapter of GET /v1/adapters, or base")]
         raise
@@ -69,6 +81,21 @@ async def _resolve(
             errors=[FieldError(pointer=pointer, detail=f"name the model {base}, or an adapter made for {entry.name}")],
         )
     return wire(adapter)
+
+
+async def _made_by(context: Context, caller: ApiKey, job: str, pointer: str) -> str | None:
+    """Id of the adapter that a job made; null while it has not ended."""
+    record = await job_of(context, caller, job)
+    if record.kind != "adapter":
+        raise _invalid(pointer, f"the job {job} makes no adapter but is of kind {record.kind}")
+    if not record.ended:
+        return None
+    if record.status != "succeeded" or record.resource is None:
+        raise StateConflict(
+            f"The adapter's job {job} is {record.status}; add the adapter anew.",
+            errors=[FieldError(pointer=pointer, detail=f"its job is {record.status}")],
+        )
+    return record.resource.rpartition("/")[2]
 
 
 def wire(adapter: Resource) -> dict[str, Any]:
@@ -83,25 +110,14 @@ def wire(adapter: Resource) -> dict[str, Any]:
 
 def fits(registry: ModelRegistry, adapter: Resource, entry: ModelEntry) -> bool:
     """Whether an adapter was made for a model: for that one, or for another name of the same weights."""
-    return _equal(registry, adapter.body["base_model"], entry)
-
-
-def _equal(registry: ModelRegistry, name: str, entry: ModelEntry) -> bool:
-    """Whether a name means the weights of a model."""
-    if name == entry.name:
-        return True
-    try:
-        other = registry.get(name)
-    except ModelUnknown:
-        return False
-    return (other.source, other.revision) == (entry.source, entry.revision)
+    return registry.same_weights(adapter.body["base_model"], entry)
 
 
 async def of_digest(context: Context, caller: ApiKey, digest: str, entry: ModelEntry) -> Resource | None:
     """An adapter of a digest, made for a model, that the caller may see: its own, and for an admin key anyone's."""
     catalogue, registry = context.plane.catalogue, context.plane.registry
     for base in [entry.name, *(name for name in registry.names() if name != entry.name)]:
-        if _equal(registry, base, entry) and (claim := await catalogue.shelf.with_digest(caller.id, digest, base)):
+        if registry.same_weights(base, entry) and (claim := await catalogue.shelf.with_digest(caller.id, digest, base)):
             found = await catalogue.get(claim.id)
             if found is not None:
                 return found

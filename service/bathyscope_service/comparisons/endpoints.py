@@ -61,6 +61,14 @@ _EXAMPLE = {
             errors.QuotaExceeded,
             errors.NotBuilt,
             errors.DatasetOutOfReach,
+            errors.TinkerOutOfReach,
+            errors.TinkerNotSetUp,
+            errors.TinkerKeyRefused,
+            errors.TinkerNotFound,
+            errors.TinkerForbidden,
+            errors.TinkerBilling,
+            errors.TinkerRateLimited,
+            errors.TinkerExportOff,
         ),
     },
 )
@@ -72,7 +80,10 @@ async def create_comparison(
     body: Annotated[ComparisonRequest, Depends(json_body(ComparisonRequest))],
 ) -> Response:
     """Base against fine-tuned, or quantizations of one model, on the same tokens: what probes on each are worth, how
-    the differences spread, how probes carry over, and how far the states moved. Its extractions are jobs before it."""
+    the differences spread, how probes carry over, and how far the states moved.
+
+    Its extractions are jobs before it, and so are the adapters of `tinker://RUN/*` that are still to be fetched.
+    """
     body = await comparison_with_rows(context, request, caller, memory, body)
     work, parents = await comparison_work(context, request, caller, body)
     try:

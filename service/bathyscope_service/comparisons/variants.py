@@ -1,91 +1,161 @@
-"""What a comparison's `variants` mean: the base, adapters, and the checkpoints of a Tinker run that one has."""
+"""What a comparison's `variants` mean: the base, adapters, and the checkpoints of a Tinker run."""
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
-from bathyscope.errors import FieldError, InvalidRequest
+from fastapi import Request
+
+from bathyscope.errors import FieldError, InvalidRequest, ProblemError, TinkerExportOff
+from bathyscope_backplane.adapter_sources import TinkerKind, TinkerSource, parse_source
 from bathyscope_backplane.artifacts import Resource
 from bathyscope_backplane.keys import ApiKey
+from bathyscope_backplane.reuse import adapter_digest
 from bathyscope_service.adapters.variants import BASE
 from bathyscope_service.context import Context
 from bathyscope_service.resources import resource_of
+from bathyscope_service.tinker.asking import key_of
 
 _RUN = re.compile(r"tinker://([^/*\s]{1,256})/\*")
 _STEP = re.compile(r"(\d{1,12})(?!.*\d)")
+_FETCHED_AS: tuple[TinkerKind, ...] = ("external_weights", "sampler_weights", "weights")
+"""Of several checkpoints of one name the first of these is fetched."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Named:
     """One variant, as the request names it and as the report calls it."""
 
     pointer: str
     """Into the request."""
 
-    adapter: str
-    """Its id, or `base`."""
+    adapter: str | None
+    """Its id, or `base`; null of a checkpoint that is to be fetched from `source`, until its job is known."""
 
     name: str
     source: str | None = None
     step: int | None = None
 
 
-async def named(context: Context, caller: ApiKey, asked: list[str]) -> tuple[list[Named], str]:
-    """The variants in their order, and whether they are `adapters` or `checkpoints`.
+@dataclass(slots=True)
+class Asked:
+    """What a request's variants come to."""
+
+    variants: list[Named] = field(default_factory=list)
+    runs: bool = False
+    """Whether a Tinker run is among them."""
+
+    notices: list[str] = field(default_factory=list)
+    """What of a run is left out, and why."""
+
+
+async def named(context: Context, request: Request, caller: ApiKey, asked: list[str], model: str) -> Asked:
+    """The variants in their order.
 
     Raises `NotFound` and `Expired` for adapters that are not there, `InvalidRequest` for a run without checkpoints,
-    for one named twice, and for more than may be compared.
+    for one named twice, and for more than may be compared; and of a run what Tinker says.
     """
     most = context.plane.settings.limits.max_variants
-    found: list[Named] = []
-    runs = False
+    found = Asked()
     for number, one in enumerate(asked):
         pointer = f"/variants/{number}"
         if one == BASE:
-            found.append(Named(pointer, BASE, BASE))
+            found.variants.append(Named(pointer, BASE, BASE))
         elif (run := _RUN.fullmatch(one)) is not None:
-            runs = True
-            found += await _checkpoints(context, caller, run[1], pointer)
+            found.runs = True
+            with _pointed(pointer):
+                await _checkpoints(context, request, caller, run[1], model, pointer, found)
         elif one.startswith("tinker://"):
             raise _invalid(pointer, "name a whole run, tinker://RUN/*, or the id of an adapter made of the checkpoint")
         else:
             adapter = await resource_of(context, caller, "adapter", one)
-            found.append(_described(adapter, pointer))
-    for number, variant in enumerate(found):
-        if any(variant.adapter == other.adapter for other in found[:number]):
+            found.variants.append(_described(adapter, pointer))
+    variants = found.variants
+    for number, variant in enumerate(variants):
+        # Checkpoints of one run may be of equal weights: the last step, and the end.
+        twice = (other for other in variants[:number] if other.pointer != variant.pointer)
+        if variant.adapter and any(variant.adapter == other.adapter for other in twice):
             raise _invalid(variant.pointer, f"{variant.name} is compared already: leave one of the two out")
-    if not 2 <= len(found) <= most:
-        raise _invalid("/variants", f"{len(found)} variants, and a comparison has 2 to {most}")
-    called = [variant.name for variant in found]
-    # Names are the caller's own; what they do not tell apart ids do.
-    return [
-        variant
-        if called.count(variant.name) == 1
-        else Named(variant.pointer, variant.adapter, variant.adapter, variant.source, variant.step)
-        for variant in found
-    ], "checkpoints" if runs else "adapters"
+    if not 2 <= len(variants) <= most:
+        remedy = "; name those that you want by their adapters' ids" if found.runs and len(variants) > most else ""
+        raise _invalid("/variants", f"{len(variants)} variants, and a comparison has 2 to {most}{remedy}")
+    called = [variant.name for variant in variants]
+    for variant in variants:  # names are the caller's own; what they do not tell apart ids do
+        if called.count(variant.name) > 1:
+            variant.name = variant.adapter or str(variant.source)
+    return found
 
 
-async def _checkpoints(context: Context, caller: ApiKey, run: str, pointer: str) -> list[Named]:
-    """One's adapters that were made of a run's checkpoints, by step; those without a number last, by age."""
+async def _checkpoints(
+    context: Context, request: Request, caller: ApiKey, run: str, model: str, pointer: str, into: Asked
+) -> None:
+    """A run's checkpoints by step; those without a number last, by age.
+
+    With a key for Tinker they are those that Tinker lists, each as the adapter that one has of it already or else to be
+    fetched; without, the adapters that one has.
+    """
+    parse_source(f"tinker://{run}/weights/any")  # what no path could name is not asked for
+    mine = await _mine(context, caller, run)
+    key = key_of(request, context.plane.settings.adapters)
+    if key is None and mine:
+        into.notices.append(
+            f"Without a key for Tinker, tinker://{run}/* are the adapters that were made of its checkpoints before."
+        )
+        listed: list[dict[str, Any]] = []
+    else:
+        listed = await context.tinker.checkpoints(key, run)
+    saved: dict[str, dict[str, float]] = {}
+    for one in listed:
+        saved.setdefault(one["name"], {})[one["kind"]] = one["time"]
+    found: dict[str, tuple[Named, float]] = {}
+    for adapter in mine:
+        name = str(adapter.body["source"]).rpartition("/")[2]
+        found[name] = _described(adapter, pointer), min(saved.get(name, {"": adapter.created_ms / 1000}).values())
+    for name, times in saved.items():
+        kind = next((kind for kind in _FETCHED_AS if kind in times), None)
+        if name in found or kind is None:
+            continue
+        source = TinkerSource(run, kind, name)
+        parse_source(source.text)
+        if source.kind == "weights" and not context.plane.settings.adapters.allow_training_export:
+            into.notices.append(
+                f"{source.text} is left out: it is a training checkpoint, and the operator allows no exports of those."
+            )
+            continue
+        known = await _known(context, caller, source.text, model)
+        found[name] = Named(pointer, known, name, source.text, _step(name)), min(times.values())
+    if not found and into.notices:
+        raise TinkerExportOff(
+            f"The run {run} has training checkpoints only, and the operator has not allowed their export "
+            "(adapters.allow_training_export). Save others with training_client.save_weights_external(NAME)."
+        )
+    if not found:
+        raise _invalid(pointer, f"the run {run} has no checkpoints; save one with save_weights_external(NAME)")
+    by_step = sorted(found.values(), key=lambda pair: (pair[0].step is None, pair[0].step or 0, pair[1]))
+    into.variants += [one for one, _ in by_step]
+
+
+async def _mine(context: Context, caller: ApiKey, run: str) -> list[Resource]:
+    """One's adapters that were made of a run's checkpoints."""
     mine: list[Resource] = []
     cursor: str | None = None
     while True:
         page, cursor = await context.plane.catalogue.list("adapter", caller.id, limit=200, cursor=cursor)
         mine += [one for one in page if str(one.body.get("source") or "").startswith(f"tinker://{run}/")]
         if cursor is None:
-            break
-    if not mine:
-        raise _invalid(
-            pointer,
-            f"none of your adapters was made of a checkpoint of the run {run}: add them first, each with "
-            "POST /v1/adapters and its tinker:// path as source",
-        )
-    described = [(_described(one, pointer), one.created_ms) for one in mine]
-    described.sort(key=lambda pair: (pair[0].step is None, pair[0].step or 0, pair[1]))
-    return [one for one, _ in described]
+            return mine
+
+
+async def _known(context: Context, caller: ApiKey, source: str, model: str) -> str | None:
+    """Id of one's adapter that a checkpoint came to before, though its own source is another of equal weights."""
+    digest = adapter_digest(source, model)
+    found = await context.plane.reuse.get(caller.id, digest) if digest is not None else None
+    adapter = await context.plane.catalogue.get(found) if found is not None else None
+    return adapter.id if adapter is not None else None
 
 
 def _described(adapter: Resource, pointer: str) -> Named:
@@ -95,10 +165,26 @@ def _described(adapter: Resource, pointer: str) -> Named:
     step = None
     if isinstance(source, str) and source.startswith("tinker://"):
         checkpoint = source.rpartition("/")[2]
-        number = _STEP.search(checkpoint)
-        step = int(number[1]) if number is not None else None
+        step = _step(checkpoint)
         name = name or checkpoint
     return Named(pointer, adapter.id, name if name and name != BASE else adapter.id, source, step)
+
+
+def _step(checkpoint: str) -> int | None:
+    """The last number in a checkpoint's name."""
+    number = _STEP.search(checkpoint)
+    return int(number[1]) if number is not None else None
+
+
+@contextmanager
+def _pointed(pointer: str) -> Iterator[None]:
+    """Faults of Tinker's point at the variant that names the run."""
+    try:
+        yield
+    except ProblemError as error:
+        told = [one["detail"] for one in error.errors] or ["this run's checkpoints were asked for"]
+        error.errors = [FieldError(pointer=pointer, detail=detail) for detail in told]
+        raise
 
 
 def _invalid(pointer: str, detail: str) -> InvalidRequest:

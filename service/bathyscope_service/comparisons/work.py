@@ -11,10 +11,12 @@ from fastapi import Request
 from bathyscope._estimators import check_estimator
 from bathyscope._fold_checks import check_rows
 from bathyscope.errors import FieldError, InvalidRequest, ProblemError, Unavailable
-from bathyscope.types import ComparisonRequest, ExtractionOptions, ExtractionRequest
+from bathyscope.types import AdapterRequest, ComparisonRequest, ExtractionOptions, ExtractionRequest, ProbeRequest
 from bathyscope_backplane.ids import new_id
 from bathyscope_backplane.keys import ApiKey
-from bathyscope_service.comparisons.variants import Named, named
+from bathyscope_service.adapters.variants import BASE
+from bathyscope_service.adapters.work import adapter_work
+from bathyscope_service.comparisons.variants import Asked, Named, named
 from bathyscope_service.context import Context
 from bathyscope_service.extractions.endpoints import extraction_work
 from bathyscope_service.jobs.submission import Work, webhook_of
@@ -39,22 +41,23 @@ _PROBE = (
 async def comparison_work(
     context: Context, request: Request, caller: ApiKey, body: ComparisonRequest
 ) -> tuple[Work, list[str]]:
-    """The job of a comparison, and the ids of the extraction jobs that were queued for it alone, by this request.
+    """The job of a comparison, and the ids of the jobs that were queued for it alone, by this request: of adapters that
+    are still to be fetched, and of extractions.
 
     The inputs of a dataset are there already. Everything that can be told here is, before anything is queued.
     """
     webhook = webhook_of(context, body)
     inputs = body.inputs or []
     await context.apart(request.state.body_bytes, _check_rows, body, len(inputs))
-    variants: list[Named] = []
-    compares = "quantizations"
+    found = Asked()
     if body.variants is not None:
-        with _moved(lambda pointer: pointer):
-            variants, compares = await named(context, caller, body.variants)
-        asked: list[tuple[str, Any, Any]] = [("data", [one.adapter for one in variants], body.quantization)]
+        found = await named(context, request, caller, body.variants, body.model)
+        # The base stands for what is still to be fetched, until all else is checked.
+        adapters = [one.adapter or BASE for one in found.variants]
+        asked: list[tuple[str, Any, Any]] = [("data", adapters, body.quantization)]
     else:
         asked = [(f"data {one}", body.adapter, one) for one in body.quantizations or ()]
-    works = []
+    variants, works = found.variants, []
     for number, (_, adapter, quantization) in enumerate(asked):
         data = ExtractionRequest.model_construct(
             **{name: getattr(body, name) for name in _OPTIONS},
@@ -64,18 +67,22 @@ async def comparison_work(
             priority=body.priority,
         )
         with _moved(_pointers(variants, number)):
-            works.append(await extraction_work(context, caller, data, request.state.body_bytes))
+            works.append(await extraction_work(context, caller, data, request.state.body_bytes, repeats=True))
     held, _ = await layers_of(context, body.model, body.layers)
     layers = len(held) if held is not None else len(body.layers) if isinstance(body.layers, list) else 1
     many = len(variants) or len(asked)
-    _check_resamples(body, len(inputs), layers, many, context.plane.settings.limits.max_resampled)
+    check_resamples(context, body.bootstrap, len(inputs), layers, many)
     charged = 0
     parents: list[str] = []
     made_here: list[str] = []
     extractions: list[str | None] = []
     try:
+        if pending := [one for one in variants if one.adapter is None]:
+            made_here += await _fetch(context, request, caller, body, pending)
+            _follow(works[0], variants)
         for (part, _, _), work in zip(asked, works, strict=True):
             charged, work.inputs = charged + work.inputs, 0  # with the comparison's own job, which may still be refused
+            work.credentials = False
             parent, extraction, replayed = await submit_parent(context, request, caller, work, part)
             parents.append(parent)
             extractions.append(extraction)
@@ -89,13 +96,7 @@ async def comparison_work(
         raise
     if variants:
         parts: list[dict[str, Any]] = [
-            {
-                "extraction": extractions[0],
-                "variant": place,
-                "name": one.name,
-                "source": one.source,
-                "step": one.step,
-            }
+            {"extraction": extractions[0], "variant": place, "name": one.name, "source": one.source, "step": one.step}
             for place, one in enumerate(variants)
         ]
     else:
@@ -103,37 +104,79 @@ async def comparison_work(
             {"extraction": extraction, "variant": None, "name": quantization}
             for extraction, (_, _, quantization) in zip(extractions, asked, strict=True)
         ]
-    named_split = body.split if isinstance(body.split, str) else None
-    labels = body.labels or []
-    groups: Sequence[Any] = body.groups or [None] * len(labels)
-    split: Sequence[Any] = body.split if isinstance(body.split, list) else [None] * len(labels)
+    compares = "quantizations" if not variants else "checkpoints" if found.runs else "adapters"
     return (
         Work(
             kind="comparison",
             lane="cpu",
             spec={
-                **{name: getattr(body, name) for name in _PROBE},
+                **settings(body),
                 "name": body.name,
                 "metadata": body.metadata,
                 "model": body.model,
                 "compares": compares,
                 "parts": parts,
-                "split": named_split,
+                "notices": found.notices,
             },
-            rows=[list(row) for row in zip(labels, groups, split, strict=True)],
+            rows=rows_of(body.labels or [], body.groups, body.split),
             request={
                 **body.model_dump(exclude={"inputs", "labels", "groups", "split", "webhook"}, exclude_defaults=True),
                 "inputs": len(inputs),
-                "labels": len(labels),
+                "labels": len(body.labels or []),
+                **({"compared": [one.name for one in variants]} if found.runs else {}),
+                **({"notices": found.notices} if found.notices else {}),
             },
             resource_id=new_id("cmp"),
             priority=body.priority,
             webhook=webhook,
             parents=tuple(parents),
             inputs=charged,
+            credentials=False,
         ),
         made_here,
     )
+
+
+def settings(body: ComparisonRequest | ProbeRequest) -> dict[str, Any]:
+    """What the probes of all variants have in common."""
+    split = body.split if isinstance(body.split, str) else None
+    return {**{name: getattr(body, name) for name in _PROBE}, "split": split}
+
+
+def rows_of(labels: Sequence[Any], groups: Sequence[Any] | None, split: Any) -> list[Any]:
+    """Label, group and place of each row; null for what is not given."""
+    each = split if isinstance(split, list) else [None] * len(labels)
+    return [list(row) for row in zip(labels, groups or [None] * len(labels), each, strict=True)]
+
+
+async def _fetch(
+    context: Context, request: Request, caller: ApiKey, body: ComparisonRequest, pending: list[Named]
+) -> list[str]:
+    """Queue the jobs of adapters that are to be fetched; those that this request made."""
+    made: list[str] = []
+    for one in pending:
+        asked = AdapterRequest(source=str(one.source), base_model=body.model, priority=body.priority)
+        work = await adapter_work(context, caller, asked)
+        try:
+            one.adapter, _, replayed = await submit_parent(context, request, caller, work, f"fetch {one.source}")
+        except Unavailable:
+            raise
+        except ProblemError:
+            for job in made:
+                await drop_parent(context, job)
+            raise
+        if not replayed:
+            made.append(one.adapter)
+    return made
+
+
+def _follow(work: Work, variants: list[Named]) -> None:
+    """Let the extraction of variants come after the jobs of those that are to be fetched, and read what they make."""
+    jobs = {place: one.adapter for place, one in enumerate(variants) if str(one.adapter).startswith("job_")}
+    for place, job in jobs.items():
+        work.spec["variants"][place] = {"job": job}
+    work.request["adapter"] = [one.adapter for one in variants]
+    work.parents, work.rows_each = tuple(str(job) for job in jobs.values()), 0
 
 
 def _pointers(variants: list[Named], number: int) -> Callable[[str], str]:
@@ -181,16 +224,16 @@ def _check_rows(body: ComparisonRequest, rows: int) -> None:
         )
 
 
-def _check_resamples(body: ComparisonRequest, rows: int, layers: int, variants: int, most: int) -> None:
+def check_resamples(context: Context, bootstrap: int, rows: int, layers: int, variants: int) -> None:
     """Refuse intervals that would take a worker many minutes: of every variant, and of the differences."""
-    each = 2 * rows * layers * variants
-    if each * body.bootstrap > most:
+    each, most = 2 * rows * layers * variants, context.plane.settings.limits.max_resampled
+    if each * bootstrap > most:
         raise InvalidRequest(
             "The intervals would take too long.",
             errors=[
                 FieldError(
                     pointer="/bootstrap",
-                    detail=f"{body.bootstrap:,} resamples of {rows:,} rows at {layers} layers of {variants} variants "
+                    detail=f"{bootstrap:,} resamples of {rows:,} rows at {layers} layers of {variants} variants "
                     f"are over the limit: ask for {most // each:,} at most, or for fewer layers",
                 )
             ],

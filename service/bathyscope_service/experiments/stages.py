@@ -8,33 +8,29 @@ from the same things, and is still there, is taken again: a stage is known by a 
 from __future__ import annotations
 
 import contextlib
-import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import orjson
 from fastapi import Request
 
-from bathyscope import errors
+from bathyscope import __version__, errors
 from bathyscope.types import AdapterRequest, ExtractionRequest, ProbeRequest
 from bathyscope.types.experiments import ExperimentConfig
-from bathyscope_backplane.artifacts import Resource
 from bathyscope_backplane.ids import new_id
 from bathyscope_backplane.keys import ApiKey
+from bathyscope_backplane.reuse import adapter_digest, stage_digest
+from bathyscope_service.adapters.variants import BASE
 from bathyscope_service.adapters.work import adapter_work
+from bathyscope_service.comparisons.work import check_resamples, rows_of, settings
 from bathyscope_service.context import Context, Memory
 from bathyscope_service.datasets.using import probe_with_rows
 from bathyscope_service.experiments.adapter import adapter_of
 from bathyscope_service.extractions.endpoints import extraction_work
 from bathyscope_service.jobs.submission import Work, submit
-from bathyscope_service.probes.work import drop_parent, probe_work
+from bathyscope_service.probes.work import drop_parent, layers_of, probe_work
 from bathyscope_service.problems import pointing
 from bathyscope_service.resources import resource_of
-
-_FORMAT = 1
-"""Raised whenever stages come to mean something else."""
-_IMMUTABLE = ("tinker://",)
-"""Sources that name the same weights for ever; others are fetched anew, and recognised by their digest."""
 
 
 @dataclass(slots=True)
@@ -43,10 +39,17 @@ class Stage:
 
     name: str
     digest: str | None = None
+    """Of all that it depends on, as far as that is known before."""
     resource: str | None = None
-    """Id of what there is, or will be where that is known before."""
+    """Id of what there is."""
     job: str | None = None
+    """What makes it, or finds on the worker that an earlier one did."""
     reused: bool = False
+
+    @property
+    def reference(self) -> str:
+        """What later stages name it by."""
+        return self.resource or str(self.job)
 
     def wire(self) -> dict[str, Any]:
         """A JSON object."""
@@ -68,21 +71,19 @@ class Plan:
         """Jobs that are this experiment's own."""
         return [stage.job for stage in self.stages if stage.job is not None]
 
-    async def known(self, digest: str, kind: str) -> Resource | None:
-        """What an earlier stage of that digest made, where it is still there."""
-        found = await self.context.plane.reuse.get(self.caller.id, digest)
-        if found is None:
-            return None
-        try:
-            return await resource_of(self.context, self.caller, kind, found)
-        except (errors.NotFound, errors.Expired):
-            return None
+    async def is_known(self, stage: Stage, kind: str) -> bool:
+        """Whether an earlier experiment made the stage, and it is still there: then it is taken."""
+        found = await self.context.plane.reuse.get(self.caller.id, stage.digest) if stage.digest is not None else None
+        if found is not None:
+            with contextlib.suppress(errors.NotFound, errors.Expired):
+                stage.resource = (await resource_of(self.context, self.caller, kind, found)).id
+                stage.reused = True
+        return stage.reused
 
     async def queue(self, stage: Stage, work: Work) -> None:
         """Queue the job of a stage; the credentials are for the adapter's alone."""
         work.part, work.credentials = None, work.kind == "adapter"
         stage.job, _ = await submit(self.context, self.request, self.caller, work)
-        stage.resource = work.resource_id
 
     async def drop(self) -> None:
         """End the jobs of an experiment that is not made."""
@@ -104,10 +105,12 @@ async def experiment_work(
     probe = await _probe_request(plan, memory)
     try:
         adapter = await _adapter(plan, source) if source is not None else None
-        extraction, dataset = await _extraction(plan, probe, adapter)
+        extraction, rows = await _extraction(plan, probe, adapter)
         variants: list[str | None] = [None] if adapter is None else ["base", "adapter"]
         for variant in variants:
-            await _probe(plan, probe, extraction, variant)
+            await _probe(plan, probe, rows, extraction, variant)
+        if adapter is not None:
+            notices += await _comparison(plan, probe, rows, extraction)
     except errors.Unavailable:
         raise  # what is queued is not known; it makes what a repeated request will find
     except BaseException:
@@ -117,7 +120,7 @@ async def experiment_work(
         "config": config.model_dump(mode="json"),
         "notices": notices,
         "stages": [stage.wire() for stage in plan.stages],
-        "dataset_digest": dataset,
+        "dataset_digest": rows,
     }
     return (
         Work(
@@ -167,27 +170,27 @@ async def _probe_request(plan: Plan, memory: Memory) -> ProbeRequest:
 
 
 async def _adapter(plan: Plan, source: str) -> Stage:
-    stage = Stage("adapter")
+    stage, model = Stage("adapter"), plan.config.model.name
     plan.stages.append(stage)
     if "://" not in source:
-        try:
-            found: Resource | None = await resource_of(plan.context, plan.caller, "adapter", source)
-        except (errors.NotFound, errors.Expired) as error:
-            error.errors = [errors.FieldError(pointer="/model/adapter", detail="name an adapter of GET /v1/adapters")]
-            raise
-    else:
-        stage.digest = _digest("adapter", source, plan.config.model.name)
-        found = await plan.known(stage.digest, "adapter") if source.startswith(_IMMUTABLE) else None
-    if found is not None:
-        stage.resource, stage.reused = found.id, True
-        stage.digest = found.body["digest"]
+        with _named("/model/adapter"):
+            stage.resource, stage.reused = (await resource_of(plan.context, plan.caller, "adapter", source)).id, True
         return stage
-    work = await adapter_work(
-        plan.context, plan.caller, AdapterRequest(source=source, base_model=plan.config.model.name)
-    )
-    await plan.queue(stage, work)
-    stage.resource = None  # weights that the caller has already give the adapter that it has
+    stage.digest = adapter_digest(source, model)
+    if not await plan.is_known(stage, "adapter"):
+        await plan.queue(
+            stage, await adapter_work(plan.context, plan.caller, AdapterRequest(source=source, base_model=model))
+        )
     return stage
+
+
+@contextlib.contextmanager
+def _named(pointer: str) -> Iterator[None]:
+    try:
+        yield
+    except (errors.NotFound, errors.Expired) as error:
+        error.errors = [errors.FieldError(pointer=pointer, detail="name an adapter of GET /v1/adapters")]
+        raise
 
 
 async def _extraction(plan: Plan, probe: ProbeRequest, adapter: Stage | None) -> tuple[Stage, str]:
@@ -195,80 +198,93 @@ async def _extraction(plan: Plan, probe: ProbeRequest, adapter: Stage | None) ->
     context, caller, data = plan.context, plan.caller, probe.data
     assert data is not None
     rows = await context.apart(plan.request.state.body_bytes, _rows_digest, probe)
-    if adapter is not None and adapter.resource is not None:
-        data = data.model_copy(update={"adapter": ["base", adapter.resource]})
+    if adapter is not None:
+        data = data.model_copy(update={"adapter": ["base", adapter.reference]})
     with pointing("/extraction"):
         work = await extraction_work(context, caller, data, plan.request.state.body_bytes)
     entry = await context.plane.workers.entry(context.plane.registry, data.model)
     stage = Stage("extraction")
     plan.stages.append(stage)
-    if adapter is None or adapter.resource is not None:
-        # Of an adapter that is still to be fetched nobody can say what it is.
-        identity = [entry.name, str(entry.source), entry.revision, data.quantization, work.lane]
-        options = data.model_dump(mode="json", exclude={"inputs", "dataset", "adapter", "priority", "webhook", "model"})
-        stage.digest = _digest("extraction", identity, options, rows, adapter and adapter.digest, _version())
-        found = await plan.known(stage.digest, "extraction")
-        if found is not None:
-            stage.resource, stage.reused = found.id, True
-            return stage, rows
-    else:
-        work.spec |= {"variants": [None, {"job": adapter.job}], "paired": True}
-        work.inputs, work.bytes, work.parents = 2 * work.inputs, 2 * work.bytes, (str(adapter.job),)
-        work.request["adapter"] = ["base", adapter.job]
-        work.rows_each = 0  # what waits for another job runs whole
-    await plan.queue(stage, work)
+    identity = [entry.name, str(entry.source), entry.revision, data.quantization, work.lane]
+    options = data.model_dump(mode="json", exclude={"inputs", "dataset", "adapter", "priority", "webhook", "model"})
+    basis = work.spec["reuse"] = stage_digest("extraction", identity, options, rows, __version__)
+    variants = work.spec.get("variants") or [None]
+    if adapter is None or adapter.resource is not None:  # else the worker looks, when it has the adapter
+        stage.digest = stage_digest(basis, [variant and variant["digest"] for variant in variants])
+    if not await plan.is_known(stage, "extraction"):
+        await plan.queue(stage, work)
     return stage, rows
 
 
-async def _probe(plan: Plan, probe: ProbeRequest, extraction: Stage, variant: str | None) -> None:
+async def _probe(plan: Plan, probe: ProbeRequest, rows: str, extraction: Stage, variant: str | None) -> None:
     adapter = next((one for one in plan.stages if one.name == "adapter"), None)
     stage = Stage("probe" if variant is None else f"probe {variant}")
     plan.stages.append(stage)
-    if extraction.digest is not None:
-        settings = probe.model_dump(mode="json", exclude={"data", "labels", "groups", "split", "extraction", "variant"})
-        rows = await plan.context.apart(plan.request.state.body_bytes, _rows_digest, probe)
-        stage.digest = _digest("probe", extraction.digest, settings, rows, variant, _version())
-        found = await plan.known(stage.digest, "probe")
-        if found is not None and found.body["extraction"] == extraction.resource:
-            stage.resource, stage.reused = found.id, True
-            return
-    named = None if variant is None else "base" if variant == "base" else adapter and adapter.resource
-    body = probe.model_copy(
-        update={"data": None, "extraction": extraction.job or extraction.resource, "variant": named}
-    )
-    # One of an adapter that is still to be fetched is checked as the base's, whose rows it shares.
-    pending = variant == "adapter" and named is None
+    named = variant if adapter is None or variant == "base" else adapter.reference
+    body = probe.model_copy(update={"data": None, "extraction": extraction.reference, "variant": named})
     try:
         with pointing("/probe"):
-            work, _ = await probe_work(
-                plan.context,
-                plan.request,
-                plan.caller,
-                body.model_copy(update={"variant": "base"}) if pending else body,
-            )
+            work, _ = await probe_work(plan.context, plan.request, plan.caller, body)
     except errors.StateConflict:
         # The states came to nothing meanwhile, and so will this: the experiment fails by its parent and tells why.
         stage.job = extraction.job
         return
-    if pending:
-        work.spec["variant"] = 1
-    await plan.queue(stage, work)
+    settings = probe.model_dump(mode="json", exclude={"data", "labels", "groups", "split", "extraction", "variant"})
+    basis = work.spec["reuse"] = stage_digest("probe", settings, rows, __version__)
+    work.spec["extraction"] = extraction.reference
+    if extraction.resource is not None:
+        stage.digest = stage_digest(basis, extraction.resource, work.spec["variant"])
+    if not await plan.is_known(stage, "probe"):
+        await plan.queue(stage, work)
 
 
-def _digest(*parts: Any) -> str:
-    return hashlib.sha256(orjson.dumps([_FORMAT, *parts], option=orjson.OPT_SORT_KEYS)).hexdigest()
+async def _comparison(plan: Plan, probe: ProbeRequest, rows: str, extraction: Stage) -> list[str]:
+    """What the adapter did, with intervals; a notice where the probes cannot be compared row by row."""
+    assert probe.data is not None
+    names = [BASE, "adapter"]
+    if probe.labels == "correct" or not isinstance(probe.labels, list):
+        return ["The differences have no intervals: whether the model is right is a label of each variant's own."]
+    if probe.data.pooling == "none":
+        return ["The differences have no intervals: a comparison is of one vector an input."]
+    layers, _ = await layers_of(plan.context, probe.data.model, probe.data.layers)
+    try:
+        check_resamples(plan.context, probe.bootstrap, len(probe.labels), len(layers or [0]), len(names))
+    except errors.InvalidRequest as error:
+        return [f"The differences have no intervals: {error.errors[0]['detail']}."]
+    stage = Stage("comparison")
+    plan.stages.append(stage)
+    parts = [
+        {"extraction": extraction.reference, "variant": place, "name": name, "source": None, "step": None}
+        for place, name in enumerate(names)
+    ]
+    config = settings(probe)
+    work = Work(
+        kind="comparison",
+        lane="cpu",
+        spec={
+            **config,
+            "name": plan.config.experiment.name,
+            "model": probe.data.model,
+            "compares": "adapters",
+            "parts": parts,
+            "reuse": stage_digest("comparison", config, rows, __version__),
+        },
+        rows=rows_of(probe.labels, probe.groups, probe.split),
+        request={"model": probe.data.model, "extraction": extraction.reference, "variants": names},
+        resource_id=new_id("cmp"),
+        parents=(extraction.job,) if extraction.job is not None else (),
+    )
+    if extraction.resource is not None:
+        stage.digest = stage_digest(work.spec["reuse"], [extraction.resource] * len(names))
+    if not await plan.is_known(stage, "comparison"):
+        await plan.queue(stage, work)
+    return []
 
 
 def _rows_digest(probe: ProbeRequest) -> str:
     assert probe.data is not None
     inputs = [one if isinstance(one, str) else one.model_dump(mode="json") for one in probe.data.inputs or []]
-    return _digest("rows", inputs, probe.labels, probe.groups, probe.split)
-
-
-def _version() -> str:
-    from bathyscope import __version__
-
-    return __version__
+    return stage_digest("rows", inputs, probe.labels, probe.groups, probe.split)
 
 
 async def cancel_stages(context: Context, stages: list[dict[str, Any]]) -> None:

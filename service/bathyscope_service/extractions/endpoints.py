@@ -66,6 +66,7 @@ _EXAMPLE = {
             errors.NotFound,
             errors.Expired,
             errors.AdapterBaseMismatch,
+            errors.StateConflict,
             errors.RequestTimeout,
             errors.TooLarge,
             errors.UnsupportedMedia,
@@ -93,15 +94,17 @@ async def create_extraction(
     return await answer(context, request, caller, work, job_id, replayed)
 
 
-async def extraction_work(context: Context, caller: ApiKey, body: ExtractionRequest, size: int) -> Work:
+async def extraction_work(
+    context: Context, caller: ApiKey, body: ExtractionRequest, size: int, *, repeats: bool = False
+) -> Work:
     """The job of a valid request, which came in a body of `size` bytes. Raises what the front end can tell.
 
-    The inputs of a dataset are there already (`with_rows`).
+    The inputs of a dataset are there already (`with_rows`). With `repeats` an adapter may be named more than once.
     """
     webhook = webhook_of(context, body)
     entry = await model_entry(context, body.model, body.quantization)
     inputs = body.inputs or []
-    variants = await resolve(context, caller, body.adapter, entry)
+    variants = await resolve(context, caller, body.adapter, entry, repeats=repeats)
     many = len(variants.wire)
     estimate = await context.apart(size, check, entry, body, inputs, context.plane.settings.limits, many)
     spec = {**body.model_dump(exclude={"inputs", "dataset", "adapter", "priority", "webhook"}), **variants.spec}
@@ -113,8 +116,9 @@ async def extraction_work(context: Context, caller: ApiKey, body: ExtractionRequ
         request={**body.model_dump(exclude={"inputs", "webhook"}, exclude_defaults=True), "inputs": len(inputs)},
         resource_id=new_id("ext"),
         priority=body.priority,
+        parents=variants.jobs,
         inputs=len(inputs) * many,
-        rows_each=many,
+        rows_each=0 if variants.jobs else many,  # what waits for another job runs whole
         bytes=estimate,
         webhook=webhook,
     )

@@ -85,14 +85,15 @@ async def get_probe_report(probe_id: str, context: Ctx, caller: Caller) -> Respo
 )
 async def get_comparison_plot(
     comparison_id: str,
-    name: Literal["layer_curve", "transfer", "layer_shift"],
+    name: Literal["layer_curve", "steps", "transfer", "layer_shift"],
     context: Ctx,
     caller: Caller,
     memory: Held,
     format: _Format = "png",
     theme: _Theme = "light",
 ) -> Response:
-    """`layer_curve`, a line a variant; `transfer`, what probes trained on one are worth on another; `layer_shift`."""
+    """`layer_curve`, a line a variant; `steps` (of checkpoints); `transfer`, what probes trained on one are worth on
+    another; `layer_shift`."""
     resource, content = await comparison_of(context, caller, memory, comparison_id)
 
     def draw() -> bytes:
@@ -123,13 +124,13 @@ async def get_comparison_report(comparison_id: str, context: Ctx, caller: Caller
 )
 async def get_experiment_plot(
     experiment_id: str,
-    name: Literal["layer_curve", "layer_shift"],
+    name: Literal["layer_curve", "transfer", "layer_shift"],
     context: Ctx,
     caller: Caller,
     format: _Format = "png",
     theme: _Theme = "light",
 ) -> Response:
-    """`layer_curve`, a line a variant, or `layer_shift` (with an adapter)."""
+    """`layer_curve`, a line a variant; with an adapter `layer_shift`, and `transfer` where both share labels."""
     resource = await resource_of(context, caller, "experiment", experiment_id)
 
     def draw() -> bytes:

@@ -1,4 +1,6 @@
-"""`python -m bathyscope_service.tinker.child`: asks Tinker what it supports, in a process that can be ended.
+"""`python -m bathyscope_service.tinker.child`: asks Tinker what it supports, or what a run has.
+
+It is a process of its own so that it can be ended.
 
 Tinker's SDK reaches for its service as soon as it is set up and tries again for minutes, in threads that nothing ends;
 it also imports torch where that is installed. Key and address come as JSON on stdin, so that no list of processes shows
@@ -50,24 +52,38 @@ def main() -> int:
         late.daemon = True
         late.start()
         client = tinker.RestClient(base_url=given["base_url"], api_key=given["api_key"])
-        found = client.get_server_capabilities().result(timeout=given["seconds"])
-        models: list[dict[str, Any]] = [
-            {
-                "name": model.model_name,
-                "max_context_length": model.max_context_length,
-                "trainable": getattr(model, "trainable", None),
-                "sampleable": getattr(model, "sampleable", None),
-            }
-            for model in found.supported_models
-            if model.model_name
-        ]
+        if given["run"] is None:
+            listed = _models(client.get_server_capabilities().result(timeout=given["seconds"]))
+        else:
+            listed = _checkpoints(client.list_checkpoints(given["run"]).result(timeout=given["seconds"]))
     except Exception as error:
         status = getattr(error, "status_code", None)
         status = status if isinstance(status, int) else None
         print(json.dumps({"error": {"kind": type(error).__name__, "status": status, "text": str(error)}}))
         return 1
-    print(json.dumps({"models": models}))
+    print(json.dumps({"listed": listed}))
     return 0
+
+
+def _models(found: Any) -> list[dict[str, Any]]:
+    return [
+        {
+            "name": model.model_name,
+            "max_context_length": model.max_context_length,
+            "trainable": getattr(model, "trainable", None),
+            "sampleable": getattr(model, "sampleable", None),
+        }
+        for model in found.supported_models
+        if model.model_name
+    ]
+
+
+def _checkpoints(found: Any) -> list[dict[str, Any]]:
+    listed = []
+    for checkpoint in found.checkpoints:
+        kind, _, name = str(checkpoint.checkpoint_id).partition("/")
+        listed.append({"kind": kind, "name": name, "time": checkpoint.time.timestamp()})
+    return listed
 
 
 if __name__ == "__main__":

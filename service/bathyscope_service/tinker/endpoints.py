@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
@@ -11,9 +9,9 @@ from bathyscope import errors
 from bathyscope.types import TinkerModels
 from bathyscope_backplane.registry import ModelRegistry
 from bathyscope_service.context import Caller, Ctx
-from bathyscope_service.credentials import credentials_of
 from bathyscope_service.jobs.views import json_response
 from bathyscope_service.problems import responses
+from bathyscope_service.tinker.asking import key_of
 
 router = APIRouter(prefix="/v1/tinker", tags=["tinker"])
 
@@ -38,11 +36,7 @@ router = APIRouter(prefix="/v1/tinker", tags=["tinker"])
 async def list_tinker_models(request: Request, context: Ctx, caller: Caller) -> Response:
     """What Tinker says it supports now, for the key of `X-Tinker-Api-Key` or the operator's, and which model of this
     service fits each. An answer is kept for a minute."""
-    settings = context.plane.settings.adapters
-    operator = settings.tinker_api_key.get_secret_value() if settings.tinker_api_key is not None else None
-    # The same places as the workers look at.
-    operator = operator or os.environ.get("BATHYSCOPE_TINKER_API_KEY") or os.environ.get("TINKER_API_KEY")
-    key = credentials_of(request).tinker_api_key or operator
+    key = key_of(request, context.plane.settings.adapters)
     offered = _by_repository(context.plane.registry)
     found = await context.tinker.models(key)
     return json_response({"data": [{**model, "model": offered.get(repository(model["name"]))} for model in found]})

@@ -14,6 +14,7 @@ from bathyscope.errors import Expired, InternalError
 from bathyscope_backplane.artifacts import ArtifactStore, Blob, Blobs, Resource
 from bathyscope_backplane.broker import Lease
 from bathyscope_backplane.plane import Backplane
+from bathyscope_backplane.reuse import stage_digest
 from bathyscope_backplane.times import rfc3339
 from bathyscope_backplane.vault import Credentials
 from bathyscope_workers.adapters.cache import AdapterCache
@@ -95,6 +96,9 @@ class JobWork:
     placed: dict[str, Blobs] = field(default_factory=dict)
     """The files, by digest, of the adapters that were put into the scratch folder."""
 
+    earlier: Resource | None = None
+    """What an earlier experiment made in the stage that this job is."""
+
     async def place(self, digest: str, blobs: Blobs) -> Path:
         """Where the files of an adapter lie on this machine, for this job alone."""
         folder = self.scratch / digest
@@ -150,7 +154,10 @@ class JobWork:
         return str(path)
 
     async def needed(self, resource_id: str) -> Resource:
-        """A resource that the job reads. Raises `Expired` when it has gone meanwhile."""
+        """A resource that the job reads, by its id or by that of the job that made it. Raises `Expired` when it has
+        gone meanwhile."""
+        if resource_id.startswith("job_"):
+            resource_id = await self.made_by(resource_id)
         resource = await self.plane.catalogue.get(resource_id)
         if resource is None:
             resource = await self.plane.catalogue.committed(resource_id)
@@ -164,6 +171,25 @@ class JobWork:
         if record is None or record.resource is None:
             raise Expired(f"The record of {job_id}, which this job follows, has gone; send the request again.")
         return record.resource.rpartition("/")[2]
+
+    async def has_earlier(self, *parts: Any) -> bool:
+        """Whether this is a stage of an experiment, and an earlier one has made the same: of what `reuse` in the spec
+        stands for, and of these parts."""
+        stage = self._stage(parts)
+        found = await self.plane.reuse.get(self.lease.owner, stage) if stage is not None else None
+        self.earlier = await self.plane.catalogue.get(found) if found is not None else None
+        return self.earlier is not None
+
+    async def noted(self, resource: Resource, *parts: Any) -> Resource:
+        """The same, for later stages to find."""
+        if (stage := self._stage(parts)) is not None:
+            resource.private["stage"] = stage
+            await self.plane.reuse.put(self.lease.owner, stage, resource.id)
+        return resource
+
+    def _stage(self, parts: tuple[Any, ...]) -> str | None:
+        basis = self.spec.get("reuse")
+        return None if basis is None else stage_digest(basis, *parts)
 
     def run_command(self, **rest: Any) -> dict[str, Any]:
         """The engine's `run` command for this job; `rest` are further members of `RunJob`."""

@@ -18,6 +18,7 @@ from bathyscope.errors import ModelUnknown, StateConflict, TooLarge
 from bathyscope_backplane.artifacts import ROLES, Blob, Blobs, Claim, Resource, Taken
 from bathyscope_backplane.plane import Backplane
 from bathyscope_backplane.registry import ModelEntry
+from bathyscope_backplane.reuse import adapter_digest
 from bathyscope_backplane.times import rfc3339
 from bathyscope_workers.adapters.sources._reach import Reach
 from bathyscope_workers.jobs._base import Existing, Handover, JobWork, Undecided
@@ -41,8 +42,14 @@ class AdapterJob:
     async def conclude(self, work: JobWork, event: dict[str, Any]) -> Resource | Handover | Existing:
         """After the first part hand it over, after the second describe it."""
         if "staged" in work.payload:
-            return await _describe(work, event["result"]["effect"])
-        return await _hand_over(work, event["result"])
+            made: Resource | Handover | Existing = await _describe(work, event["result"]["effect"])
+            base = work.payload["converted"]["base_model"]
+        else:
+            made = await _hand_over(work, event["result"])
+            base = event["result"]["base_model"]
+        if not isinstance(made, Handover):
+            await _note(work, made, base)
+        return made
 
     def smaller(self, work: JobWork, problem: dict[str, Any]) -> Handover | None:
         """Where an adapter goes whose base did not fit into memory: to a smaller variant of it, if one is offered."""
@@ -237,6 +244,14 @@ async def _describe(work: JobWork, effect: dict[str, Any]) -> Resource | Existin
     resource.expires_ms = None if days is None else resource.created_ms + int(days * 86_400_000)
     resource.body["expires_at"] = rfc3339(resource.expires_ms)
     return resource
+
+
+async def _note(work: JobWork, made: Resource | Existing, base_model: str) -> None:
+    """Let later requests find the adapter by its source, where that names the same weights for ever."""
+    source = work.spec.get("source")
+    if source is not None and (digest := adapter_digest(source, base_model)) is not None:
+        made_id = made.id if isinstance(made, Resource) else made.path.rpartition("/")[2]
+        await work.plane.reuse.put(work.lease.owner, digest, made_id)
 
 
 async def _stands(work: JobWork, claim: Claim) -> Resource | None:

@@ -9,7 +9,7 @@ from typing import Any
 import orjson
 
 from bathyscope_backplane.artifacts import Resource
-from bathyscope_workers.jobs._base import JobWork
+from bathyscope_workers.jobs._base import Existing, JobWork
 from bathyscope_workers.jobs.extraction import variant_of
 
 _CONFIG = (
@@ -36,6 +36,8 @@ class ComparisonJob:
 
     async def commands(self, work: JobWork) -> list[Any]:
         """Compare in the CPU engine."""
+        if await work.has_earlier(await _extractions(work)):
+            return []
         rows_path = work.scratch / "rows.json"
         await asyncio.to_thread(rows_path.write_bytes, orjson.dumps(await work.rows()))
         paths: dict[str, str] = {}
@@ -57,8 +59,10 @@ class ComparisonJob:
         }
         return [work.run_command(spec=spec)]
 
-    async def conclude(self, work: JobWork, event: dict[str, Any]) -> Resource:
+    async def conclude(self, work: JobWork, event: dict[str, Any]) -> Resource | Existing:
         """Upload the report and describe it; Redis and lists hold the description only."""
+        if work.earlier is not None:
+            return Existing(f"/v1/comparisons/{work.earlier.id}")
         result = event["result"]
         blob = await work.keep(Path(result["report_path"]), ".json")
         link = self.path(work.lease.resource_id)
@@ -87,6 +91,7 @@ class ComparisonJob:
             "variants": variants,
             "inputs": result["inputs"],
             "layers": layers,
+            "notices": work.spec.get("notices", []),
             "summary": result["summary"],
             "report": None,
             "metadata": work.spec.get("metadata"),
@@ -99,4 +104,9 @@ class ComparisonJob:
                 "job": f"/v1/jobs/{work.lease.job_id}",
             },
         }
-        return work.resource(body, blobs={"report": blob})
+        return await work.noted(work.resource(body, blobs={"report": blob}), await _extractions(work))
+
+
+async def _extractions(work: JobWork) -> list[str]:
+    """Ids of the states that are compared."""
+    return [(await work.needed(part["extraction"])).id for part in work.spec["parts"]]

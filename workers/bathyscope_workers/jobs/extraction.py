@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from bathyscope.errors import ModelUnknown
+from bathyscope.errors import AdapterBaseMismatch, ModelUnknown
 from bathyscope_backplane.artifacts import Resource
-from bathyscope_workers.jobs._base import JobWork
+from bathyscope_workers.jobs._base import Existing, JobWork
 
 _SAFETENSORS_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "int64": "I64"}
 
@@ -40,12 +40,22 @@ async def _variants(work: JobWork) -> list[dict[str, Any] | None] | None:
         if variant is None:
             found.append(None)
             continue
-        adapter = await work.needed(variant["id"] if "id" in variant else await work.made_by(variant["job"]))
-        digest = adapter.body["digest"]
-        variant |= {"id": adapter.id, "digest": digest}  # of one that was made by a job before this one
+        if "id" not in variant:
+            variant |= await _made(work, variant["job"])
+        adapter, digest = await work.needed(variant["id"]), variant["digest"]
         folder = await work.place(digest, adapter.blobs)
         found.append({"digest": digest, "path": str(folder)})
     return found
+
+
+async def _made(work: JobWork, job: str) -> dict[str, Any]:
+    """The adapter that a job before this one made. Raises `AdapterBaseMismatch` for one of another base."""
+    assert work.resident is not None
+    adapter, registry = await work.needed(await work.made_by(job)), work.plane.registry
+    base = adapter.body["base_model"]
+    if not registry.same_weights(base, registry.get(work.resident.name)):
+        raise AdapterBaseMismatch(f"The adapter {adapter.id} was made for {base}, not for {work.resident.name}.")
+    return {"id": adapter.id, "digest": adapter.body["digest"]}
 
 
 def identity_of(provenance: dict[str, Any], adapter: str | None = None) -> dict[str, Any]:
@@ -75,10 +85,13 @@ class ExtractionJob:
 
     async def commands(self, work: JobWork) -> list[Any]:
         """Run it in the engine."""
-        return [await run_command(work)]
+        command = await run_command(work)
+        return [] if await work.has_earlier(_digests(work)) else [command]
 
-    async def conclude(self, work: JobWork, event: dict[str, Any]) -> Resource:
+    async def conclude(self, work: JobWork, event: dict[str, Any]) -> Resource | Existing:
         """Upload the states and describe them."""
+        if work.earlier is not None:
+            return Existing(f"/v1/extractions/{work.earlier.id}")
         result = event["result"]
         path = Path(result["path"])
         blob = await work.keep(path, ".safetensors")
@@ -130,11 +143,13 @@ class ExtractionJob:
             for name in ("max_length", "truncation", "batch_invariant")
             if work.spec.get(name) is not None
         }
-        return work.resource(
-            body,
-            blobs=blobs,
-            private={"layout": layout, "options": options, "metadata": _texts(provenance)},
-        )
+        private = {"layout": layout, "options": options, "metadata": _texts(provenance)}
+        return await work.noted(work.resource(body, blobs=blobs, private=private), _digests(work))
+
+
+def _digests(work: JobWork) -> list[str | None]:
+    """Of the variants' adapters, which are known once the command is made; null for the base."""
+    return [variant and variant["digest"] for variant in work.spec.get("variants") or [None]]
 
 
 def variant_of(extraction: Resource, variant: int | None) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -9,7 +9,7 @@ from typing import Any
 import orjson
 
 from bathyscope_backplane.artifacts import Resource
-from bathyscope_workers.jobs._base import JobWork
+from bathyscope_workers.jobs._base import Existing, JobWork
 from bathyscope_workers.jobs.extraction import variant_of
 
 _CONFIG = (
@@ -39,6 +39,8 @@ class ProbeJob:
     async def commands(self, work: JobWork) -> list[Any]:
         """Sweep in the CPU engine."""
         extraction = await work.needed(work.spec["extraction"])
+        if await work.has_earlier(*_parts(work, extraction)):
+            return []
         rows_path = work.scratch / "rows.json"
         await asyncio.to_thread(rows_path.write_bytes, orjson.dumps(await work.rows()))
         layout, identity = variant_of(extraction, work.spec.get("variant"))
@@ -63,8 +65,10 @@ class ProbeJob:
             }
         return [work.run_command(spec=spec)]
 
-    async def conclude(self, work: JobWork, event: dict[str, Any]) -> Resource:
+    async def conclude(self, work: JobWork, event: dict[str, Any]) -> Resource | Existing:
         """Upload the weights and describe the probe."""
+        if work.earlier is not None:
+            return Existing(f"/v1/probes/{work.earlier.id}")
         result = event["result"]
         report = orjson.loads(await asyncio.to_thread(Path(result["report_path"]).read_bytes))
         extraction = await work.needed(work.spec["extraction"])
@@ -89,4 +93,10 @@ class ProbeJob:
             },
         }
         private = {"hidden_size": extraction.body["shape"][-1], "options": extraction.private.get("options", {})}
-        return work.resource(body, blobs={"weights": weights}, private=private)
+        made = work.resource(body, blobs={"weights": weights}, private=private)
+        return await work.noted(made, *_parts(work, extraction))
+
+
+def _parts(work: JobWork, extraction: Resource) -> tuple[Any, ...]:
+    """What the probe of an experiment depends on beside its settings and rows."""
+    return extraction.id, work.spec.get("variant")

@@ -46,12 +46,14 @@ OF_PREDICTIONS: dict[str, Callable[..., Picture]] = {"tokens": _tokens.tokens}
 
 OF_EXPERIMENTS: dict[str, Callable[..., Picture]] = {
     "layer_curve": _experiment.layer_curve,
+    "transfer": _experiment.transfer,
     "layer_shift": _experiment.layer_shift,
 }
 """By name, what an experiment can be shown as."""
 
 OF_COMPARISONS: dict[str, Callable[..., Picture]] = {
     "layer_curve": _compared.layer_curve,
+    "steps": _compared.steps,
     "transfer": _compared.transfer,
     "layer_shift": _compared.layer_shift,
 }
@@ -73,8 +75,8 @@ _OF: dict[type[Drawn], dict[str, Callable[..., Picture]]] = {
 
 def figure(resource: Drawn, name: str, *, theme: str = "light", **options: Any) -> Picture:
     """The picture of that name: `layer_curve`, `reliability`, `roc` or `risk_coverage` of a probe, `tokens` of a
-    prediction (`rows=` says of which inputs), `layer_curve` or `layer_shift` of an experiment
-    or a comparison, which has `transfer` too.
+    prediction (`rows=` says of which inputs), `layer_curve`, `transfer` or `layer_shift` of a
+    comparison or an experiment, `steps` of a comparison of checkpoints.
 
     Raises `InvalidRequest` for a name or theme that there is none of, and where the resource has not got what it shows.
     """

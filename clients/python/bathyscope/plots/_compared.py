@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 from matplotlib.figure import Figure as Picture
 from matplotlib.ticker import MaxNLocator
+from numpy.typing import NDArray
 
 from bathyscope import types
 from bathyscope.errors import InvalidRequest
@@ -15,6 +16,8 @@ from bathyscope.plots._probe import ends, titled
 from bathyscope.plots._theme import DASHES, MARKERS, Theme, one_line
 
 _NAMES = {"auroc": "AUROC", "r2": "R²", "ece": "ECE", "mae": "mean abs. error"}
+
+TRANSFER_NOTE = "on rows held out, at the layer of the one trained on"
 
 
 def layer_curve(comparison: types.Comparison, theme: Theme) -> Picture:
@@ -50,32 +53,71 @@ def layer_curve(comparison: types.Comparison, theme: Theme) -> Picture:
 def transfer(comparison: types.Comparison, theme: Theme) -> Picture:
     """What a probe trained on one variant is worth on another, on rows held out."""
     report = report_of(comparison)
-    found = report.transfer
-    values = np.array(
-        [[np.nan if one.value is None else one.value for one in row] for row in found.values], dtype=np.float64
-    )
     return transfer_matrix(
-        values,
+        numbers_of(report.transfer.values),
         [one.name for one in report.variants],
         theme,
         title=f"Transfer of probes: {subject(comparison)}",
-        note="on rows held out, at the layer of the one trained on",
-        metric=_NAMES[found.metric],
+        note=TRANSFER_NOTE,
+        metric=_NAMES[report.transfer.metric],
     )
 
 
 def layer_shift(comparison: types.Comparison, theme: Theme) -> Picture:
     """How far each variant's states lie from the first's, by layer: relative norm above, cosine below."""
     report = report_of(comparison)
-    layers = sorted(one.layer for one in report.shift[0].layers)
-    moved: dict[str, Band] = {}
-    turned: dict[str, Band] = {}
-    for variant in report.shift:
-        by_layer = {one.layer: one for one in variant.layers}
-        moved[variant.name] = _band(by_layer[layer].relative_norm for layer in layers)
-        turned[variant.name] = _band(by_layer[layer].cosine for layer in layers)
     title = f"Distance from {one_line(report.shift[0].reference, 24)}: {subject(comparison)}"
-    return shift_curve(layers, moved, turned, theme, title=title, note=f"medians and quartiles over {report.n} rows")
+    found = {variant.name: variant.layers for variant in report.shift}
+    return shifts(found, theme, title=title, note=f"medians and quartiles over {report.n} rows")
+
+
+def steps(comparison: types.Comparison, theme: Theme) -> Picture:
+    """The checkpoints of a run in their order: the held-out AUROC (R² of a regression) with its interval, that of what
+    they are held against as a line, and below it the layer that moved most."""
+    report = report_of(comparison)
+    if comparison.compares != "checkpoints":
+        raise InvalidRequest("There are no steps in a comparison without checkpoints of a Tinker run.")
+    main = "r2" if report.task == "regression" else "auroc"
+    compared = zip(comparison.variants[1:], report.variants[1:], report.shift, strict=True)
+    order = sorted(compared, key=lambda one: (one[0].step is None, one[0].step or 0))
+    picture = Picture(figsize=(6.4, 4.6), layout="constrained")
+    upper, lower = picture.subplots(2, 1, sharex=True, height_ratios=[3, 1])
+    places = list(range(len(order)))
+    first: types.Figure | None = getattr(report.variants[0].held_out, main)
+    if first is not None and first.value is not None:
+        upper.axhline(first.value, color=theme.faint, linewidth=1.2, linestyle=DASHES[1])
+        if first.low is not None and first.high is not None:
+            upper.axhspan(first.low, first.high, color=theme.faint, alpha=0.12, linewidth=0)
+        name = one_line(report.variants[0].name, 20)
+        upper.annotate(name, (1, first.value), ("axes fraction", "data"), color=theme.faint, ha="right", va="bottom")
+    figures = [getattr(one.held_out, main) for _, one, _ in order]
+    colour = theme.series[0]
+    upper.fill_between(places, ends(figures, "low"), ends(figures, "high"), color=colour, alpha=0.15, linewidth=0)
+    upper.plot(places, ends(figures, "value"), color=colour, marker=MARKERS[0], linewidth=1.6)
+    upper.set_ylabel(f"held-out {_NAMES[main]}")
+    titled(upper, f"{_NAMES[main]} by step: {subject(comparison)}", f"bands: 95 % intervals; {report.n} rows", theme)
+    moved = [max((layer.relative_norm.median or 0.0 for layer in shift.layers), default=0.0) for _, _, shift in order]
+    lower.plot(places, moved, color=theme.series[1 % len(theme.series)], marker=MARKERS[1])
+    lower.set_ylim(bottom=0)
+    lower.set_ylabel("largest shift")
+    lower.set_xlabel("step of the checkpoint")
+    names = [one_line(one.name, 14) if one.step is None else f"{one.step:,}" for one, _, _ in order]
+    lower.set_xticks(places, names, rotation=35 if len(names) > 8 else 0)
+    return picture
+
+
+def shifts(found: Mapping[str, Sequence[types.LayerShift]], theme: Theme, *, title: str, note: str) -> Picture:
+    """The picture of shifts by variant; the layers of all are the same."""
+    ordered = {name: sorted(layers, key=lambda one: one.layer) for name, layers in found.items()}
+    moved = {name: _band(one.relative_norm for one in layers) for name, layers in ordered.items()}
+    turned = {name: _band(one.cosine for one in layers) for name, layers in ordered.items()}
+    layers = [one.layer for one in next(iter(ordered.values()))]
+    return shift_curve(layers, moved, turned, theme, title=title, note=note)
+
+
+def numbers_of(figures: Sequence[Sequence[types.Figure]]) -> NDArray[np.float64]:
+    """The values of a matrix of figures, NaN where there is none."""
+    return np.array([[np.nan if one.value is None else one.value for one in row] for row in figures], dtype=np.float64)
 
 
 def report_of(comparison: types.Comparison) -> types.ComparisonReport:

@@ -1,4 +1,4 @@
-"""Pictures of an experiment: its variants layer by layer, and how far the adapter moved the states."""
+"""Pictures of an experiment: its variants layer by layer, how probes carry over, and how far the states moved."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from matplotlib.ticker import MaxNLocator
 
 from bathyscope import types
 from bathyscope.errors import InvalidRequest
+from bathyscope.plots._compared import TRANSFER_NOTE, numbers_of, shifts
+from bathyscope.plots._comparison import transfer_matrix
 from bathyscope.plots._probe import ends, titled
 from bathyscope.plots._theme import DASHES, MARKERS, Theme, one_line
 
@@ -44,25 +46,38 @@ def layer_curve(experiment: types.Experiment, theme: Theme) -> Picture:
 
 
 def layer_shift(experiment: types.Experiment, theme: Theme) -> Picture:
-    """How far the adapter moved the states of each layer: the mean over vectors of the difference's norm over the
-    base's."""
+    """How far the adapter moved the states of each layer: medians and quartiles over the rows, with the cosine, where
+    the variants were compared; else the mean over vectors of the difference's norm over the base's."""
     if experiment.relative_change is None:
         raise InvalidRequest("There is no layer shift of an experiment without an adapter.")
-    shifts = [
-        (layer, change)
-        for layer, change in zip(experiment.layers, experiment.relative_change, strict=True)
-        if change is not None
-    ]
-    shifts.sort()
+    if experiment.shift is not None:
+        title = f"Moved by the adapter: {one_line(_name(experiment), 44)}"
+        return shifts({"adapter": experiment.shift}, theme, title=title, note="medians and quartiles over the rows")
+    found = zip(experiment.layers, experiment.relative_change, strict=True)
+    moved = sorted((layer, change) for layer, change in found if change is not None)
     picture = Picture(figsize=(6.4, 3.2), layout="constrained")
     axes = picture.subplots()
-    axes.plot([one for one, _ in shifts], [one for _, one in shifts], color=theme.series[0], marker="o", markersize=4)
+    axes.plot([one for one, _ in moved], [one for _, one in moved], color=theme.series[0], marker="o", markersize=4)
     axes.set_ylim(bottom=0)
     axes.set_ylabel("relative change")
     axes.set_xlabel("layer (0: embeddings, last: after the final norm)")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     titled(axes, f"Moved by the adapter: {one_line(_name(experiment), 48)}", "norm of difference over norm", theme)
     return picture
+
+
+def transfer(experiment: types.Experiment, theme: Theme) -> Picture:
+    """What a probe trained on base or adapter is worth on the other, on rows held out."""
+    if experiment.transfer is None:
+        raise InvalidRequest("There is no transfer in an experiment whose variants were not compared.")
+    return transfer_matrix(
+        numbers_of(experiment.transfer),
+        ["base", "adapter"],
+        theme,
+        title=f"Transfer of probes: {one_line(_name(experiment), 44)}",
+        note=TRANSFER_NOTE,
+        metric=_NAMES["r2" if any("r2" in result.held_out for result in experiment.results) else "auroc"],
+    )
 
 
 def _figure(found: Any) -> types.Figure | None:

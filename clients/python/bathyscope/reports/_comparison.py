@@ -5,11 +5,12 @@ from __future__ import annotations
 from bathyscope import types
 from bathyscope.plots import OF_COMPARISONS
 from bathyscope.plots._compared import report_of, subject
-from bathyscope.reports._page import cell, page, picture, readable
+from bathyscope.reports._page import cell, page, pictures, readable
 from bathyscope.reports._probe import BY_LAYER, NAMES
 
 _SAYS = {
     "layer_curve": "The main figure of every layer with its interval, a line a variant; below it the ECE.",
+    "steps": "The checkpoints in their order, against the first variant (the line): what a probe on each is worth.",
     "transfer": "What a probe trained on the row's variant is worth on the column's.",
     "layer_shift": "How far each variant's states lie from the first's, with quartiles over the rows.",
 }
@@ -29,7 +30,7 @@ def comparison_page(comparison: types.Comparison) -> str:
         title=f"{subject(comparison)}: a comparison on {comparison.model}",
         comparison=comparison,
         report=report,
-        pictures=[picture(comparison, name, _SAYS[name]) for name in OF_COMPARISONS],
+        pictures=pictures(comparison, OF_COMPARISONS, _SAYS),
         figures=[(said, [cell(getattr(one.held_out, name)) for one in report.variants]) for name, said in held.items()],
         differences=[
             (one.name, one.reference, [(NAMES[name], _signed(getattr(one.held_out, name, None))) for name in held])

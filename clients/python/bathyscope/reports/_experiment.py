@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from bathyscope import types
-from bathyscope.errors import InvalidRequest
 from bathyscope.plots import OF_EXPERIMENTS
-from bathyscope.reports._page import cell, page, picture, readable
+from bathyscope.reports._page import cell, page, pictures, readable
 from bathyscope.reports._probe import BY_LAYER, NAMES
 
 _SAYS = {
     "layer_curve": "The main figure of every layer with its interval, a line a variant; below it the ECE.",
+    "transfer": "What a probe trained on the row's variant is worth on the column's.",
     "layer_shift": "How far the adapter moved the states of each layer.",
 }
 
@@ -29,7 +29,7 @@ def experiment_page(experiment: types.Experiment) -> str:
         title=f"{experiment.name or experiment.id}: an experiment on {experiment.config['model']['name']}",
         experiment=experiment,
         warnings=[(one.variant, warning) for one in experiment.results for warning in one.warnings],
-        pictures=_pictures(experiment),
+        pictures=pictures(experiment, OF_EXPERIMENTS, _SAYS),
         figures=[
             (said, [_cell(one.held_out.get(name)) for one in experiment.results], _difference(experiment, name))
             for name, said in held.items()
@@ -59,13 +59,3 @@ def _difference(experiment: types.Experiment, name: str) -> str:
     if found is None or found.value is None:
         return ""
     return f"{found.value:+.3f}" if found.low is None else f"{found.value:+.3f} ({found.low:+.3f} to {found.high:+.3f})"
-
-
-def _pictures(experiment: types.Experiment) -> list[dict[str, str]]:
-    found = []
-    for name in OF_EXPERIMENTS:
-        try:
-            found.append(picture(experiment, name, _SAYS[name]))
-        except InvalidRequest:  # it has not got what this one shows
-            continue
-    return found

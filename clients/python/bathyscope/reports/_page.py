@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import base64
 import json
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from bathyscope import plots, types
+from bathyscope.errors import InvalidRequest
 from bathyscope.plots import Drawn
 
 _TEMPLATES = Environment(
@@ -33,6 +36,15 @@ def picture(resource: Drawn, name: str, says: str) -> dict[str, str]:
         for theme in plots.THEMES
     }
     return {"name": name, "says": says, **addresses}
+
+
+def pictures(resource: Drawn, names: Iterable[str], says: Mapping[str, str]) -> list[dict[str, str]]:
+    """Those of the pictures that the resource has."""
+    found = []
+    for name in names:
+        with suppress(InvalidRequest):  # it has not got what this one shows
+            found.append(picture(resource, name, says[name]))
+    return found
 
 
 def cell(figure: types.Figure | None) -> str:

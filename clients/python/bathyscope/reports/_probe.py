@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from bathyscope import types
-from bathyscope.errors import InvalidRequest
 from bathyscope.plots import OF_PROBES
-from bathyscope.reports._page import cell, page, picture, readable
+from bathyscope.reports._page import cell, page, pictures, readable
 
 NAMES = {
     "auroc": "AUROC",
@@ -40,7 +39,7 @@ def probe_page(probe: types.Probe) -> str:
         probe=probe,
         report=report,
         identity=_identity(probe),
-        pictures=_pictures(probe),
+        pictures=pictures(probe, OF_PROBES, _SAYS),
         figures=[
             (said, cell(getattr(report.held_out, name)))
             for name, said in NAMES.items()
@@ -72,16 +71,6 @@ def _threshold(found: object) -> str:
 def _identity(probe: types.Probe) -> list[tuple[str, str]]:
     known = probe.identity.model_dump(exclude_none=True)
     return [(name.replace("_", " "), readable(value)) for name, value in known.items() if value != {}]
-
-
-def _pictures(probe: types.Probe) -> list[dict[str, str]]:
-    found = []
-    for name in OF_PROBES:
-        try:
-            found.append(picture(probe, name, _SAYS[name]))
-        except InvalidRequest:  # it has not got what this one shows
-            continue
-    return found
 
 
 def _calibration(report: types.Report) -> list[tuple[str, str, str]]:

@@ -23,7 +23,8 @@ class ComparisonRequest(ExtractionOptions, WorkRequest):
 
     variants: list[VariantName] | None = Field(default=None, min_length=1, max_length=64)
     """What is compared on the same tokens: `base`, adapters by their ids, and `tinker://RUN/*` for every checkpoint of
-    a Tinker run, by step. The first is what the others are held against. Two or more, or a Tinker run."""
+    a Tinker run, by step; what of it is no adapter yet is fetched. The first is what the others are held against.
+    Two or more, or a Tinker run."""
 
     quantizations: list[Quantization] | None = Field(default=None, min_length=2, max_length=3)
     """Instead of variants: quantizations of one model, the first what the others are held against."""
@@ -130,7 +131,7 @@ class ComparedVariant(AnswerModel):
     """Where the adapter came from."""
 
     step: int | None = None
-    """Of a checkpoint of a Tinker run: its place, as its name says, else in the order of saving."""
+    """Of a checkpoint of Tinker: the last number in its name; those without one come last, in the order of saving."""
 
     quantization: Quantization = "none"
     """How the base model's weights were held."""
@@ -354,6 +355,9 @@ class Comparison(AnswerModel):
 
     layers: list[int]
     """The layers compared."""
+
+    notices: list[str] = Field(default_factory=list)
+    """What of a Tinker run was left out, and why."""
 
     summary: list[dict[str, Any]] = Field(default_factory=list)
     """Of each variant: `name`, `best_layer`, its `held_out` figure (`metric`), and the `difference` from the first."""

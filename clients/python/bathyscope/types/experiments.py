@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from bathyscope.types._base import AnswerModel, ComputeDtype, Quantization, RequestModel, Time
+from bathyscope.types.comparisons import LayerShift
 from bathyscope.types.datasets import DatasetRef
 from bathyscope.types.extractions import Dtype, EveryLayers, Pooling, Positions
 from bathyscope.types.probes import Estimator, Figure
@@ -172,7 +173,7 @@ class ExperimentStage(AnswerModel):
     """One part of an experiment."""
 
     name: str
-    """`adapter`, `extraction`, or `probe` with its variant, as `probe base`."""
+    """`adapter`, `extraction`, `probe` (`probe base` and `probe adapter`) or `comparison`."""
 
     resource: str | None = None
     """Path of what it made, or took."""
@@ -234,7 +235,14 @@ class Experiment(AnswerModel):
     """One a variant, the base first."""
 
     differences: dict[str, Figure] | None = None
-    """Of the adapter's best layer minus the base's, by figure."""
+    """The adapter's held-out figures minus the base's, with paired bootstrap intervals where the rows have labels that
+    are the same for both."""
+
+    transfer: list[list[Figure]] | None = None
+    """What a probe trained on the base or the adapter (row) is worth on the states of either (column), out of fold."""
+
+    shift: list[LayerShift] | None = None
+    """How far the adapter moved the states of each layer, over the rows."""
 
     relative_change: list[float | None] | None = None
     """How far the adapter moved the states, a number a layer that was read."""

@@ -54,7 +54,8 @@ class ExtractionOptions(RequestModel):
         | Annotated[list[Annotated[str, Field(max_length=64)]], Field(min_length=1, max_length=64)]
         | None
     ) = None
-    """An adapter's id, null for the base model, or a list such as `["base", "ad_…"]` for each on the same tokens."""
+    """An adapter's id or that of the job that makes it (`job_…`), null for the base model, or a list such as
+    `["base", "ad_…"]` for each on the same tokens."""
 
     quantization: Quantization = "none"
     """How the base model's weights are held."""

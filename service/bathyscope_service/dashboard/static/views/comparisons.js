@@ -66,9 +66,11 @@ export function ComparisonPage({ id }) {
     ]} />
     <div class="pictures">
       <${Picture} path=${`${path}/plots/layer_curve`} caption="Layer curves" optional alt="Each variant's score by layer, with intervals." />
+      ${cmp.compares === "checkpoints" && html`<${Picture} path=${`${path}/plots/steps`} caption="Steps" optional alt="Each checkpoint's score in their order; its numbers are in the table below." />`}
       <${Picture} path=${`${path}/plots/transfer`} caption="Transfer" optional alt="Transfer matrix; its numbers are in the table below." />
       <${Picture} path=${`${path}/plots/layer_shift`} caption="Layer shift" optional alt="How far each variant's states moved, by layer." />
     </div>
+    ${cmp.notices?.length > 0 && html`<div class="warnings"><h2>Notices</h2><ul>${cmp.notices.map((words) => html`<li>${words}</li>`)}</ul></div>`}
     ${cmp.report && html`<${Found} comparison=${cmp} />`}
     <${Raw} title="What was compared" value=${cmp.variants} />`}<//>`;
 }

@@ -44,8 +44,13 @@ export function ExperimentPage({ id }) {
       ["Held out", (one) => { const [name, of] = leading(one.held_out); return `${name} ${figure(of)}`; }],
       ["Warnings", (one) => (one.warnings.length ? number(one.warnings.length) : "")],
     ]} />
+    ${exp.differences && html`<${Table} caption="Adapter minus base, with 95 % intervals" rows=${Object.entries(exp.differences).map(([name, of]) => ({ id: name, of }))} columns=${[
+      ["Figure", (one) => one.id],
+      ["Adapter minus base", (one) => figure(one.of)],
+    ]} />`}
     <div class="pictures">
       <${Picture} path=${`${path}/plots/layer_curve`} caption="Layer curves" optional alt="Each variant's score by layer, with intervals." />
+      ${exp.transfer && html`<${Picture} path=${`${path}/plots/transfer`} caption="Transfer" optional alt="What a probe trained on base or adapter is worth on the other." />`}
       ${exp.relative_change && html`<${Picture} path=${`${path}/plots/layer_shift`} caption="Layer shift" optional alt="How far the adapter moved the states, by layer." />`}
     </div>
     <${Raw} title="Configuration" value=${exp.config} />
