@@ -121,6 +121,7 @@ def test_it_trains_and_says_what_changed(examples: Examples, finetuned: str) -> 
     assert len(losses) == 2
     assert f"{TENSORS} of {TENSORS} tensors applied, rank 8" in finetuned
     assert f"{4 * PAIRS} statements" in finetuned
+    assert "Report: finetuned-reports/checkpoints.html" in finetuned
     found = changes(finetuned)
     assert list(found) == QUANTIZATIONS
     for change in found.values():
@@ -137,12 +138,52 @@ def test_it_trains_and_says_what_changed(examples: Examples, finetuned: str) -> 
         httpx2.get(f"http://127.0.0.1:{examples.port}")  # the stand-in has ended with it
 
 
+def test_its_comparisons_are_of_every_checkpoint_and_quantization(examples: Examples, finetuned: str) -> None:
+    """SmolLM2 with the LoRA that was trained: figures with intervals, transfer, and how far each layer moved."""
+    client = examples.stack.client
+    found = {}
+    for listed in client.get("/v1/comparisons").json()["data"]:
+        one = client.get(listed["links"]["self"]).json()
+        found[one["compares"]] = one
+    checkpoints, quantized = found["checkpoints"], found["quantizations"]
+    assert [one["name"] for one in checkpoints["variants"]] == ["base", "step-4", "step-8", "final"]
+    assert [one["step"] for one in checkpoints["variants"]] == [None, 4, 8, None]
+    assert [one["name"] for one in quantized["variants"]] == QUANTIZATIONS
+    assert {one["digest"] for one in quantized["variants"]} == {checkpoints["variants"][-1]["digest"]}
+    for one in (checkpoints, quantized):
+        report, many = one["report"], len(one["variants"])
+        assert one["inputs"] == 4 * PAIRS
+        assert [len(row) for row in report["transfer"]["values"]] == [many] * many
+        for difference in report["differences"]:
+            figure = difference["held_out"]["auroc"]
+            assert figure["low"] <= figure["value"] <= figure["high"]
+            assert difference["held_out"]["ece"] is not None
+        page = (examples.folder / "finetuned-reports" / f"{one['compares']}.html").read_text()
+        assert one["id"] in page
+        assert "<script" not in page
+    moved = {shift["name"]: shift["layers"] for shift in checkpoints["report"]["shift"]}
+    for layers in zip(*moved.values(), strict=True):
+        norms = [layer["relative_norm"]["median"] for layer in layers]
+        if layers[0]["layer"] > 0:  # no LoRA changes the embeddings; after each step the states lie further away
+            assert 0 < norms[0] < norms[1] < norms[2]
+    # What the first table says, from states that were extracted apart from these.
+    for layer, change in changes(finetuned)["none"].items():
+        place = next(one for one in moved["final"] if one["layer"] == layer)
+        assert place["relative_norm"]["mean"] == pytest.approx(change, abs=2e-4)
+    cost = {shift["name"]: shift["layers"] for shift in quantized["report"]["shift"]}
+    for eight, four in zip(cost["8bit"], cost["4bit"], strict=True):
+        if eight["layer"] > 0:
+            assert 0.8 < four["cosine"]["median"] < eight["cosine"]["median"] < 1
+
+
 def test_what_it_saves_is_what_tinker_saves(examples: Examples, finetuned: str) -> None:
     from safetensors import safe_open
 
     folder = examples.folder / "finetuned"
     files = {"adapter_model.safetensors", "adapter_config.json", "checkpoint_complete"}
-    assert {path.name for path in folder.iterdir()} == files
+    assert {path.name for path in folder.iterdir()} == files | {"checkpoints"}
+    for step in ("step-4", "step-8"):
+        assert {path.name for path in (folder / "checkpoints" / step).iterdir()} == files
     config = json.loads((folder / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"], config["target_modules"]) == (8, 32, "all-linear")
     with safe_open(folder / "adapter_model.safetensors", "pt") as file:
@@ -176,7 +217,8 @@ def test_it_downloads_what_peft_loads_whole(examples: Examples, paths: dict[str,
 
     folder = examples.folder / "out" / "peft_adapter"
     info = json.loads((examples.folder / "out" / "checkpoint_info.json").read_text())
-    [adapter] = examples.stack.client.get("/v1/adapters").json()["data"]  # equal weights are there once
+    # Equal weights are there once, beside two checkpoints of the way.
+    [adapter] = [one for one in examples.stack.client.get("/v1/adapters").json()["data"] if "/final" in one["source"]]
     assert (info["rank"], info["digest"]) == (8, adapter["digest"])
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Model has `tie_word_embeddings=True`")

@@ -89,7 +89,9 @@ def steps(comparison: types.Comparison, theme: Theme) -> Picture:
         if first.low is not None and first.high is not None:
             upper.axhspan(first.low, first.high, color=theme.faint, alpha=0.12, linewidth=0)
         name = one_line(report.variants[0].name, 20)
-        upper.annotate(name, (1, first.value), ("axes fraction", "data"), color=theme.faint, ha="right", va="bottom")
+        upper.text(
+            1, first.value, name, transform=upper.get_yaxis_transform(), color=theme.faint, ha="right", va="bottom"
+        )
     figures = [getattr(one.held_out, main) for _, one, _ in order]
     colour = theme.series[0]
     upper.fill_between(places, ends(figures, "low"), ends(figures, "high"), color=colour, alpha=0.15, linewidth=0)
