@@ -87,6 +87,15 @@ def lease(running: Stack, job_id: str) -> Any:
     return ask_redis(running, "ZSCORE", "{bathyscope}:leases", job_id)
 
 
+def heard(running: Stack, *jobs: str) -> None:
+    """Wait until workers know that these are cancelled: they hear of it with a renewal, and have read that answer when
+    they renew again."""
+    for job_id in jobs:
+        for _ in range(2):
+            before = lease(running, job_id)
+            until(lambda: lease(running, job_id) != before)  # noqa: B023 - called at once
+
+
 def other(worker: str) -> str:
     return {"worker0": "worker1", "worker1": "worker0"}[worker]
 
@@ -249,6 +258,7 @@ def test_one_shard_fails_while_another_is_run(two: Stack) -> None:
         stopped = at_work(two, job_id)["worker1"]
         go_on["worker0"]()
         job = two.job(job_id)
+        heard(two, f"{job_id}+{stopped}")
     assert job["status"] == "failed"
     assert job["error"]["type"] == "/problems/invalid-input"
     assert job["error"]["errors"][0]["pointer"] == "/inputs/63"
@@ -268,6 +278,7 @@ def test_a_cancel_ends_what_engines_have(two: Stack) -> None:
         assert len(waiting) >= 3
         assert {shard["status"] for shard in waiting} == {"cancelled"}
         assert two.job(job_id)["status"] == "cancelled"
+        heard(two, *(f"{job_id}+{number}" for number in running))
     nothing_left(two, job_id)
     assert {shard["status"] for shard in shards(two, job_id)} == {"cancelled"}
     assert two.extract(["after"], model="tiny", layers=[0])["inputs"] == 1
@@ -279,8 +290,6 @@ def test_the_joiner_is_told_to_stop(two: Stack, gates: Path) -> None:
         until(reached.exists)
         answer = two.client.post(f"/v1/jobs/{job_id}/cancel")
         assert answer.status_code == 200, answer.text
-        for _ in range(2):  # the worker hears of it with a renewal, and has read that answer when it renews again
-            before = lease(two, job_id)
-            until(lambda: lease(two, job_id) != before)  # noqa: B023 - called at once
+        heard(two, job_id)
     assert two.job(job_id)["status"] == "cancelled"
     nothing_left(two, job_id)
