@@ -19,8 +19,10 @@ import pytest
 import torch
 from safetensors.torch import save
 
+import bathyscope
 from tests.service.test_adapters import added, files, left_behind, upload
 from tests.service.test_extractions import npy
+from tests.service.test_manners import problem
 from tests.stack import Stack, stack
 
 TEXTS = ["The capital of France is Paris.", "deep water", "a", "What is two plus two? It is four." * 3]
@@ -159,6 +161,54 @@ def test_the_archive_is_what_peft_loads(live: Stack, tiny_dir: Path, tmp_path: P
         ]
     assert_equal(np.stack(found), merged(tiny_dir, 8))
     live.client.delete(f"/v1/adapters/{adapter['id']}")
+
+
+def test_an_extraction_follows_the_job_that_makes_its_adapter(live: Stack, tiny_dir: Path) -> None:
+    seed = 31
+    making = upload(live.client, archive(seed, "tinker"), wait=0).json()
+    request = {"model": "tiny", "inputs": TEXTS, "adapter": ["base", making["id"]]}
+    following = live.post("/v1/extractions", request, wait=0).json()
+    done = live.job(following["id"])
+    assert done["status"] == "succeeded", done
+    both = live.client.get(done["resource"]).json()
+    adapter = live.client.get(live.job(making["id"])["resource"]).json()
+    assert [one["adapter"] for one in both["variants"]] == [None, adapter["id"]]
+    assert [one["digest"] for one in both["variants"]] == [None, adapter["digest"]]
+    found = npy(live, both)
+    for variant, expected in enumerate((merged(tiny_dir, None), merged(tiny_dir, seed))):
+        assert_equal(found[variant], expected)
+    # What the job has made by now is taken, in the SDK by its handle.
+    with bathyscope.Client(live.url) as client:
+        handle = client.jobs.get(making["id"])
+        states = client.extractions.create(model="tiny", inputs=TEXTS, adapter=handle).wait()
+        assert states.adapter == adapter["id"]
+        assert_equal(states.hidden_states(), merged(tiny_dir, seed))
+    live.client.delete(f"/v1/adapters/{adapter['id']}")
+    problem(live.post("/v1/extractions", request, wait=0), 404, "not-found")
+
+
+def test_a_job_that_makes_no_adapter_is_told(live: Stack) -> None:
+    request: dict[str, Any] = {"model": "tiny", "inputs": TEXTS}
+    other = live.post("/v1/extractions", request).json()["id"]
+    found = problem(live.post("/v1/extractions", {**request, "adapter": other}, wait=0), 422, "invalid-request")
+    assert found["errors"][0]["pointer"] == "/adapter"
+    failed = upload(live.client, b"no archive").json()
+    found = problem(live.post("/v1/extractions", {**request, "adapter": failed["id"]}, wait=0), 409, "state-conflict")
+    assert found["errors"][0]["pointer"] == "/adapter"
+    pending = upload(live.client, b"no archive either", wait=0).json()
+    answer = live.post("/v1/extractions", {**request, "adapter": pending["id"]}, wait=0)
+    if answer.status_code == 202:  # else it had failed by then, and was told at once
+        ended = live.job(answer.json()["id"])
+        assert (ended["status"], ended["error"]["type"]) == ("failed", "/problems/dependency-failed")
+
+
+def test_a_job_whose_adapter_is_of_another_base_fails_what_follows(live: Stack) -> None:
+    making = upload(live.client, archive(32, "tinker"), wait=0).json()
+    answer = live.post("/v1/extractions", {"model": "smollm2", "inputs": TEXTS, "adapter": making["id"]}, wait=0)
+    # It may have been made by then, and is told at once.
+    told = live.job(answer.json()["id"])["error"] if answer.status_code == 202 else answer.json()
+    assert told["type"] == "/problems/adapter-base-mismatch", told
+    live.client.delete(live.job(making["id"])["resource"])
 
 
 def test_a_probe_with_an_adapter(live: Stack) -> None:

@@ -128,7 +128,7 @@ def finished(client: httpx2.Client, path: str, body: Any, **headers: str) -> dic
     answer = client.post(path, json=body, headers={"Prefer": "wait=60", **headers}, timeout=90)
     assert answer.status_code == 200, answer.text
     job: dict[str, Any] = answer.json()
-    assert job["status"] == "succeeded", job
+    assert job["status"] == "succeeded", job["error"]
     return job
 
 
@@ -180,7 +180,7 @@ def make_one_of_each(stack: Stack, name: str, marked: bool) -> Anna:
             "model": {"name": "tiny", "adapter": ad},
             "dataset": {"id": dataset["id"]},
             "extraction": {"layers": [1, 2]},
-            "probe": {"folds": 2},
+            "probe": {"folds": 2, "near_duplicates": None},
         }
         experiment = finished(client, "/v1/experiments", study)
         owner.ids = {
