@@ -116,7 +116,13 @@ def shown(tmp_path_factory: pytest.TempPathFactory, models: str) -> Iterator[Sho
             )
             found.made["experiment"] = found.make(
                 "/v1/experiments",
-                {"experiment": {"name": "capitals"}, "model": {"name": "tiny"}, "extraction": {"layers": [1, 2]}},
+                {
+                    "experiment": {"name": "capitals"},
+                    "model": {"name": "tiny", "adapter": found.made["adapter"]},
+                    "dataset": {"name": "capitals", "limit": 80},
+                    "extraction": {"layers": [1, 2]},
+                    "evaluation": {"bootstrap": 50},
+                },
             )
             yield found
     finally:
