@@ -299,6 +299,25 @@ def test_the_example_runs_from_the_command_line_and_again(running: Stack, tmp_pa
     assert text.count("data:image/svg+xml") == 2  # one picture in two themes
 
 
+def test_the_command_line_sends_ones_own_key_for_tinker(running: Stack, standin: Standin, tmp_path: Path) -> None:
+    theirs = f"tml-{'7' * 32}"
+    standin.add_key(theirs)
+    made = standin.add_run(base_model="meta-llama/Llama-3.1-8B", rank=4, key=theirs)
+    source = made.add_checkpoint("external_weights", "final", llama_adapter(tmp_path / "files", seed=9))
+    content = {**SMALL, "model": {"name": "meta-llama/Llama-3.1-8B"}, "tinker": {"checkpoint_path": source}}
+    file = tmp_path / "study.yaml"
+    file.write_text(yaml.safe_dump({**content, "extraction": {"layers": [2]}}))
+    ended = subprocess.run(
+        [sys.executable, "-P", "-m", "bathyscope.cli", "run", str(file)],
+        env=os.environ | {"BATHYSCOPE_URL": running.url, "TINKER_API_KEY": theirs},
+        capture_output=True,
+        text=True,
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert "minus base" in ended.stdout
+    assert theirs not in ended.stdout + ended.stderr
+
+
 def test_the_page_and_the_pictures_are_of_the_experiment(running: Stack) -> None:
     name = "<script>alert(1)</script> $x_1$"
     adapter = added(running.client, archive(6, "peft"), base_model="tiny")

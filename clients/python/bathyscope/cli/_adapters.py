@@ -10,18 +10,11 @@ import typer
 
 import bathyscope
 from bathyscope import types
-from bathyscope.cli._options import ApiKey, AsJson, Url, clean, print_json, print_table, size
+from bathyscope.cli._options import ApiKey, AsJson, HubToken, TinkerKey, Url, clean, print_json, print_table, size
 
 app = typer.Typer(help="LoRA adapters of the service.", no_args_is_help=True)
 
 AdapterId = Annotated[str, typer.Argument(help="Id of the adapter, ad_…", metavar="ADAPTER")]
-TinkerKey = Annotated[
-    str | None,
-    typer.Option("--tinker-api-key", envvar="TINKER_API_KEY", help="Your key for Tinker.", show_default=False),
-]
-HubToken = Annotated[
-    str | None, typer.Option("--hf-token", envvar="HF_TOKEN", help="Your token for the hub.", show_default=False)
-]
 
 
 @app.command("add")

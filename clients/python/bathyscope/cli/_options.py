@@ -51,6 +51,13 @@ Url = Annotated[
 ApiKey = Annotated[
     str | None, typer.Option("--api-key", envvar="BATHYSCOPE_API_KEY", help="Key of the service.", show_default=False)
 ]
+TinkerKey = Annotated[
+    str | None,
+    typer.Option("--tinker-api-key", envvar="TINKER_API_KEY", help="Your key for Tinker.", show_default=False),
+]
+HubToken = Annotated[
+    str | None, typer.Option("--hf-token", envvar="HF_TOKEN", help="Your token for the hub.", show_default=False)
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 

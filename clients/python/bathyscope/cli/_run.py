@@ -11,7 +11,7 @@ import typer
 
 import bathyscope
 from bathyscope import types
-from bathyscope.cli._options import ApiKey, AsJson, Url, clean, needs, print_json, print_table
+from bathyscope.cli._options import ApiKey, AsJson, HubToken, TinkerKey, Url, clean, needs, print_json, print_table
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -26,15 +26,18 @@ def run(
         Path | None, typer.Option(help="Write the report as a page of HTML here.", show_default=False)
     ] = None,
     wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Wait until it is done.")] = True,
+    tinker_api_key: TinkerKey = None,
+    hf_token: HubToken = None,
     url: Url = None,
     api_key: ApiKey = None,
     as_json: AsJson = False,
 ) -> None:
     """Run a whole study from one file: the adapter, the states, a probe for each variant, and what they are worth.
 
-    Stages that an earlier run made of the same things are taken again.
+    Stages that an earlier run made of the same things are taken again. The key for Tinker, or the token for the hub, is
+    sent with an adapter from there, for fetching it alone.
     """
-    with bathyscope.Client(url, api_key=api_key) as client:
+    with bathyscope.Client(url, api_key=api_key, tinker_api_key=tinker_api_key, hf_token=hf_token) as client:
         job = client.experiments.create(config)
         for notice in job.record.request.get("notices", []):
             print(f"note: {clean(notice)}", file=sys.stderr)
@@ -106,6 +109,9 @@ def _show(experiment: types.Experiment) -> None:
         [result.variant, result.layer, *(_figure(result.held_out.get(name)) for name in names), result.probe]
         for result in experiment.results
     ]
+    if experiment.differences is not None:
+        differences = [_figure(experiment.differences.get(name), sign="+") for name in names]
+        rows.append(["minus base", "", *differences, ""])
     print_table(["variant", "layer", *names, "probe"], rows, empty="Nothing was found.")
     for result in experiment.results:
         for warning in result.warnings:
@@ -113,9 +119,12 @@ def _show(experiment: types.Experiment) -> None:
     print(experiment.id)
 
 
-def _figure(figure: dict[str, Any] | None) -> str:
-    if figure is None or figure["value"] is None:
+def _figure(figure: types.Figure | dict[str, Any] | None, sign: str = "") -> str:
+    if figure is None:
         return ""
-    if figure.get("low") is None:
-        return f"{figure['value']:.3f}"
-    return f"{figure['value']:.3f} ({figure['low']:.3f} to {figure['high']:.3f})"
+    of = types.Figure.model_validate(figure)
+    if of.value is None:
+        return ""
+    if of.low is None or of.high is None:
+        return f"{of.value:{sign}.3f}"
+    return f"{of.value:{sign}.3f} ({of.low:{sign}.3f} to {of.high:{sign}.3f})"
