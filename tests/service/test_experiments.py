@@ -89,6 +89,7 @@ def test_every_stage_is_taken_again_and_the_numbers_are_the_same(running: Stack)
     first = run(running, SMALL)
     assert reused(first) == {"extraction": False, "probe": False}
     assert first["config"]["probe"]["estimator"] == "logistic"
+    assert first["config"]["dataset"]["seed"] == first["config"]["experiment"]["seed"] == 7  # whose rows these are
     [result] = first["results"]
     assert result["variant"] == "base"
     assert [one["layer"] for one in result["layers"]] == [1, 2, 4]

@@ -96,6 +96,9 @@ async def experiment_work(
 ) -> tuple[Work, Plan]:
     """The job of an experiment; those of its stages are queued by now."""
     source, notices = adapter_of(config)
+    if "seed" not in config.dataset.model_fields_set:
+        dataset = config.dataset.model_copy(update={"seed": config.experiment.seed})
+        config = config.model_copy(update={"dataset": dataset})
     try:
         await context.plane.workers.entry(context.plane.registry, config.model.name)
     except errors.ModelUnknown as error:
@@ -145,15 +148,12 @@ async def _probe_request(plan: Plan, memory: Memory) -> ProbeRequest:
     """The request of a probe with its data: checked as a whole, the dataset's rows in their place."""
     config = plan.config
     seed = config.experiment.seed
-    dataset = config.dataset
-    if "seed" not in dataset.model_fields_set:
-        dataset = dataset.model_copy(update={"seed": seed})
     scored = "model_confidence" in config.evaluation.baselines
     body = ProbeRequest(
         data=ExtractionRequest(
             model=config.model.name,
             quantization=config.model.quantization,
-            dataset=dataset,
+            dataset=config.dataset,
             score_choices=scored,
             **config.extraction.model_dump(exclude={"cache_dir"}),
         ),

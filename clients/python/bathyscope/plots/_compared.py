@@ -85,21 +85,20 @@ def steps(comparison: types.Comparison, theme: Theme) -> Picture:
     places = list(range(len(order)))
     first: types.Figure | None = getattr(report.variants[0].held_out, main)
     if first is not None and first.value is not None:
-        upper.axhline(first.value, color=theme.faint, linewidth=1.2, linestyle=DASHES[1])
+        name = one_line(report.variants[0].name, 20)
+        upper.axhline(first.value, color=theme.faint, linewidth=1.2, linestyle=DASHES[1], label=name)
         if first.low is not None and first.high is not None:
             upper.axhspan(first.low, first.high, color=theme.faint, alpha=0.12, linewidth=0)
-        name = one_line(report.variants[0].name, 20)
-        upper.text(
-            1, first.value, name, transform=upper.get_yaxis_transform(), color=theme.faint, ha="right", va="bottom"
-        )
     figures = [getattr(one.held_out, main) for _, one, _ in order]
     colour = theme.series[0]
     upper.fill_between(places, ends(figures, "low"), ends(figures, "high"), color=colour, alpha=0.15, linewidth=0)
-    upper.plot(places, ends(figures, "value"), color=colour, marker=MARKERS[0], linewidth=1.6)
+    upper.plot(places, ends(figures, "value"), color=colour, marker=MARKERS[0], linewidth=1.6, label="checkpoints")
     upper.set_ylabel(f"held-out {_NAMES[main]}")
+    upper.legend(loc="best")
     titled(upper, f"{_NAMES[main]} by step: {subject(comparison)}", f"bands: 95 % intervals; {report.n} rows", theme)
     moved = [max((layer.relative_norm.median or 0.0 for layer in shift.layers), default=0.0) for _, _, shift in order]
     lower.plot(places, moved, color=theme.series[1 % len(theme.series)], marker=MARKERS[1])
+    lower.margins(y=0.2)
     lower.set_ylim(bottom=0)
     lower.set_ylabel("largest shift")
     lower.set_xlabel("step of the checkpoint")

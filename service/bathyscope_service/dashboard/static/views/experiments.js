@@ -44,9 +44,9 @@ export function ExperimentPage({ id }) {
       ["Held out", (one) => { const [name, of] = leading(one.held_out); return `${name} ${figure(of)}`; }],
       ["Warnings", (one) => (one.warnings.length ? number(one.warnings.length) : "")],
     ]} />
-    ${exp.differences && html`<${Table} caption="Adapter minus base, with 95 % intervals" rows=${Object.entries(exp.differences).map(([name, of]) => ({ id: name, of }))} columns=${[
-      ["Figure", (one) => one.id],
-      ["Adapter minus base", (one) => figure(one.of)],
+    ${exp.differences && html`<h2>Adapter minus base</h2><${Table} caption="Adapter minus base, with 95 % intervals" rows=${Object.entries(exp.differences).map(([name, of]) => ({ id: name, of }))} columns=${[
+      ["Figure", (one) => one.id.replaceAll("_", " ")],
+      ["Difference", (one) => figure(one.of)],
     ]} />`}
     <div class="pictures">
       <${Picture} path=${`${path}/plots/layer_curve`} caption="Layer curves" optional alt="Each variant's score by layer, with intervals." />
