@@ -146,6 +146,12 @@ def test_an_adapter_is_compared_with_its_base(running: Stack) -> None:
     again = run(running, config)
     assert all(reused(again).values())
     assert (again["results"], again["differences"]) == (found["results"], found["differences"])
+    # Of the same weights, deleted and added anew, nothing is taken that names the adapter which is gone.
+    assert running.client.delete(f"/v1/adapters/{adapter['id']}").status_code == 204
+    anew = added(running.client, archive(5, "peft"), base_model="tiny")["id"]
+    other = run(running, SMALL | {"model": {"name": "tiny", "adapter": anew}})
+    assert other["results"][1]["variant"] == anew
+    assert reused(other) == reused(found)
 
 
 def llama_adapter(folder: Path, seed: int = 3) -> Path:

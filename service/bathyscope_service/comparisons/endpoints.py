@@ -91,12 +91,12 @@ async def create_comparison(
     except errors.Unavailable:
         raise  # whether the comparison is queued is not known, and if so it needs its extractions
     except errors.ProblemError:
-        for parent in parents:
+        for parent in reversed(parents):
             await drop_parent(context, parent)
         raise
     if replayed and parents:
         first = await context.plane.broker.get(job_id)
-        for parent in parents:
+        for parent in reversed(parents):
             if first is not None and parent not in first.parents:
                 await drop_parent(context, parent)
     return await answer(context, request, caller, work, job_id, replayed)

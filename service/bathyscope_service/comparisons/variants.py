@@ -128,7 +128,7 @@ async def _checkpoints(
             continue
         known = await _known(context, caller, source.text, model)
         found[name] = Named(pointer, known, name, source.text, _step(name)), min(times.values())
-    if not found and into.notices:
+    if not found and saved:
         raise TinkerExportOff(
             f"The run {run} has training checkpoints only, and the operator has not allowed their export "
             "(adapters.allow_training_export). Save others with training_client.save_weights_external(NAME)."

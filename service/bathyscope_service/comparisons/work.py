@@ -91,7 +91,7 @@ async def comparison_work(
     except Unavailable:
         raise  # whether the last is queued is not known
     except ProblemError:
-        for parent in made_here:
+        for parent in reversed(made_here):
             await drop_parent(context, parent)
         raise
     if variants:

@@ -210,7 +210,7 @@ async def _extraction(plan: Plan, probe: ProbeRequest, adapter: Stage | None) ->
     basis = work.spec["reuse"] = stage_digest("extraction", identity, options, rows, __version__)
     variants = work.spec.get("variants") or [None]
     if adapter is None or adapter.resource is not None:  # else the worker looks, when it has the adapter
-        stage.digest = stage_digest(basis, [variant and variant["digest"] for variant in variants])
+        stage.digest = stage_digest(basis, [variant and variant["id"] for variant in variants])
     if not await plan.is_known(stage, "extraction"):
         await plan.queue(stage, work)
     return stage, rows

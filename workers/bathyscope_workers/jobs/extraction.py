@@ -86,7 +86,7 @@ class ExtractionJob:
     async def commands(self, work: JobWork) -> list[Any]:
         """Run it in the engine."""
         command = await run_command(work)
-        return [] if await work.has_earlier(_digests(work)) else [command]
+        return [] if await work.has_earlier(_adapters(work)) else [command]
 
     async def conclude(self, work: JobWork, event: dict[str, Any]) -> Resource | Existing:
         """Upload the states and describe them."""
@@ -144,12 +144,12 @@ class ExtractionJob:
             if work.spec.get(name) is not None
         }
         private = {"layout": layout, "options": options, "metadata": _texts(provenance)}
-        return await work.noted(work.resource(body, blobs=blobs, private=private), _digests(work))
+        return await work.noted(work.resource(body, blobs=blobs, private=private), _adapters(work))
 
 
-def _digests(work: JobWork) -> list[str | None]:
-    """Of the variants' adapters, which are known once the command is made; null for the base."""
-    return [variant and variant["digest"] for variant in work.spec.get("variants") or [None]]
+def _adapters(work: JobWork) -> list[str | None]:
+    """Ids of the variants' adapters, which are known once the command is made; null for the base."""
+    return [variant and variant["id"] for variant in work.spec.get("variants") or [None]]
 
 
 def variant_of(extraction: Resource, variant: int | None) -> tuple[dict[str, Any], dict[str, Any]]:
