@@ -30,6 +30,18 @@ def gated(name: str, method: Any, *, when: Callable[..., bool] = lambda *_: True
     return call
 
 
+def gated_take(take: Any) -> Any:
+    """`Broker.take` that waits with the model engine's jobs in its hands."""
+
+    async def call(self: Any, worker: str, lanes: list[str], *rest: Any, **options: Any) -> Any:
+        taken = await take(self, worker, lanes, *rest, **options)
+        while taken.leases and lanes[0].startswith("model:") and closed("take"):  # noqa: ASYNC110 - it waits for a file
+            await asyncio.sleep(0.02)
+        return taken
+
+    return call
+
+
 def is_config(_: Any, key: str, *rest: Any) -> bool:
     """The second of an adapter's two files."""
     return key.startswith("adapters/") and key.endswith("adapter_config.json")
@@ -40,6 +52,7 @@ async def main() -> None:
     configure(settings.log_level)
     ArtifactStore.put_file = gated("upload", ArtifactStore.put_file, when=is_config)  # type: ignore[method-assign]
     Broker.fail = gated("fail", Broker.fail, after=True)  # type: ignore[method-assign]
+    Broker.take = gated_take(Broker.take)  # type: ignore[method-assign]
     Broker.move = gated("move", Broker.move)  # type: ignore[method-assign]
     AdapterCache._fetch = gated("place", AdapterCache._fetch, when=is_config)  # type: ignore[method-assign]
     Shelf.claim = gated("claim", Shelf.claim, after=True)  # type: ignore[method-assign]

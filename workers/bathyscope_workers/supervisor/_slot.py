@@ -14,7 +14,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -150,6 +151,11 @@ class Slot:
         if shards_last and not taken.leases and not taken.solo_waiting:
             taken = await self._lease(lanes, n, shards=True)
         self._took_shard = any(lease.shard is not None for lease in taken.leases)
+        if taken.leases and self._engine is not None and not self._engine.alive:
+            # It died while they were taken: what it had is put back already, and to these its end would not be told.
+            for lease in taken.leases:
+                self._spawn(self._surely(partial(self._plane.broker.release, lease.ref, reason="drain")))
+            return False
         for lease in taken.leases:
             if lease.kind in KINDS:
                 self._start(lease, asked)
@@ -384,7 +390,7 @@ class Slot:
                 continue  # the engine had finished it: its result is being committed
             attempt.outcome.set_exception(EngineGone(job_id))
             attempt.ended = reason if job_id in suspects else "drain"
-            self._spawn(self._put_back_surely(attempt, reason if job_id in suspects else "drain"))
+            self._spawn(self._surely(partial(self._put_back, attempt, reason if job_id in suspects else "drain")))
         self._changed()
         self._bell.wake()
 
@@ -404,11 +410,11 @@ class Slot:
             await self._plane.broker.release(attempt.lease.ref, reason=reason)
             await attempt.discard_if_ended()
 
-    async def _put_back_surely(self, attempt: Attempt, reason: ReleaseReason) -> None:
-        """The same while Redis is out of reach: a lease that lapsed would be held against the job."""
+    async def _surely(self, put_back: Callable[[], Awaitable[Any]]) -> None:
+        """Put a job back while Redis is out of reach, too: a lease that lapsed would be held against it."""
         for _ in range(_PUT_BACKS):
             try:
-                await self._put_back(attempt, reason)
+                await put_back()
                 return
             except Unavailable:
                 await asyncio.sleep(1)
