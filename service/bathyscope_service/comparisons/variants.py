@@ -15,7 +15,7 @@ from bathyscope_backplane.adapter_sources import TinkerKind, TinkerSource, parse
 from bathyscope_backplane.artifacts import Resource
 from bathyscope_backplane.keys import ApiKey
 from bathyscope_backplane.reuse import adapter_digest
-from bathyscope_service.adapters.variants import BASE
+from bathyscope_service.adapters.variants import BASE, fits
 from bathyscope_service.context import Context
 from bathyscope_service.resources import resource_of
 from bathyscope_service.tinker.asking import key_of
@@ -99,7 +99,7 @@ async def _checkpoints(
     fetched; without, the adapters that one has.
     """
     parse_source(f"tinker://{run}/weights/any")  # what no path could name is not asked for
-    mine = await _mine(context, caller, run)
+    mine = await _mine(context, caller, run, model)
     key = key_of(request, context.plane.settings.adapters)
     if key is None and mine:
         into.notices.append(
@@ -139,13 +139,19 @@ async def _checkpoints(
     into.variants += [one for one, _ in by_step]
 
 
-async def _mine(context: Context, caller: ApiKey, run: str) -> list[Resource]:
-    """One's adapters that were made of a run's checkpoints."""
+async def _mine(context: Context, caller: ApiKey, run: str, model: str) -> list[Resource]:
+    """One's adapters that were made of a run's checkpoints, for a model."""
+    registry = context.plane.registry
+    entry = registry.get(model)
     mine: list[Resource] = []
     cursor: str | None = None
     while True:
         page, cursor = await context.plane.catalogue.list("adapter", caller.id, limit=200, cursor=cursor)
-        mine += [one for one in page if str(one.body.get("source") or "").startswith(f"tinker://{run}/")]
+        mine += [
+            one
+            for one in page
+            if str(one.body.get("source") or "").startswith(f"tinker://{run}/") and fits(registry, one, entry)
+        ]
         if cursor is None:
             return mine
 

@@ -78,7 +78,7 @@ async def comparison_work(
     extractions: list[str | None] = []
     try:
         if pending := [one for one in variants if one.adapter is None]:
-            made_here += await _fetch(context, request, caller, body, pending)
+            await _fetch(context, request, caller, body, pending, made_here)
             _follow(works[0], variants)
         for (part, _, _), work in zip(asked, works, strict=True):
             charged, work.inputs = charged + work.inputs, 0  # with the comparison's own job, which may still be refused
@@ -150,24 +150,20 @@ def rows_of(labels: Sequence[Any], groups: Sequence[Any] | None, split: Any) -> 
 
 
 async def _fetch(
-    context: Context, request: Request, caller: ApiKey, body: ComparisonRequest, pending: list[Named]
-) -> list[str]:
-    """Queue the jobs of adapters that are to be fetched; those that this request made."""
-    made: list[str] = []
+    context: Context,
+    request: Request,
+    caller: ApiKey,
+    body: ComparisonRequest,
+    pending: list[Named],
+    made_here: list[str],
+) -> None:
+    """Queue the jobs of adapters that are to be fetched; `made_here` gets those that this request made."""
     for one in pending:
         asked = AdapterRequest(source=str(one.source), base_model=body.model, priority=body.priority)
         work = await adapter_work(context, caller, asked)
-        try:
-            one.adapter, _, replayed = await submit_parent(context, request, caller, work, f"fetch {one.source}")
-        except Unavailable:
-            raise
-        except ProblemError:
-            for job in made:
-                await drop_parent(context, job)
-            raise
+        one.adapter, _, replayed = await submit_parent(context, request, caller, work, f"fetch {one.source}")
         if not replayed:
-            made.append(one.adapter)
-    return made
+            made_here.append(one.adapter)
 
 
 def _follow(work: Work, variants: list[Named]) -> None:
