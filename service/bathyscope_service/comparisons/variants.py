@@ -10,13 +10,25 @@ from typing import Any
 
 from fastapi import Request
 
-from bathyscope.errors import FieldError, InvalidRequest, ProblemError, TinkerExportOff
+from bathyscope.errors import (
+    FieldError,
+    InvalidRequest,
+    ProblemError,
+    TinkerExportOff,
+    TinkerForbidden,
+    TinkerKeyRefused,
+    TinkerNotFound,
+    TinkerNotSetUp,
+    TinkerOutOfReach,
+    TinkerRateLimited,
+)
 from bathyscope_backplane.adapter_sources import TinkerKind, TinkerSource, parse_source
 from bathyscope_backplane.artifacts import Resource
 from bathyscope_backplane.keys import ApiKey
 from bathyscope_backplane.reuse import adapter_digest
 from bathyscope_service.adapters.variants import BASE, fits
 from bathyscope_service.context import Context
+from bathyscope_service.credentials import credentials_of
 from bathyscope_service.resources import resource_of
 from bathyscope_service.tinker.asking import key_of
 
@@ -24,6 +36,9 @@ _RUN = re.compile(r"tinker://([^/*\s]{1,256})/\*")
 _STEP = re.compile(r"(\d{1,12})(?!.*\d)")
 _FETCHED_AS: tuple[TinkerKind, ...] = ("external_weights", "sampler_weights", "weights")
 """Of several checkpoints of one name the first of these is fetched."""
+
+_SHOWN = 3
+_UNLISTED = (TinkerNotSetUp, TinkerNotFound, TinkerForbidden, TinkerKeyRefused, TinkerOutOfReach, TinkerRateLimited)
 
 
 @dataclass(slots=True)
@@ -61,6 +76,7 @@ async def named(context: Context, request: Request, caller: ApiKey, asked: list[
     """
     most = context.plane.settings.limits.max_variants
     found = Asked()
+    context.plane.registry.get(model)  # before anything that points at a variant
     for number, one in enumerate(asked):
         pointer = f"/variants/{number}"
         if one == BASE:
@@ -100,14 +116,16 @@ async def _checkpoints(
     """
     parse_source(f"tinker://{run}/weights/any")  # what no path could name is not asked for
     mine = await _mine(context, caller, run, model)
-    key = key_of(request, context.plane.settings.adapters)
-    if key is None and mine:
+    listed: list[dict[str, Any]] = []
+    try:
+        listed = await context.tinker.checkpoints(key_of(request, context.plane.settings.adapters), run)
+    except _UNLISTED as error:
+        if not mine or credentials_of(request).tinker_api_key is not None:
+            raise
         into.notices.append(
-            f"Without a key for Tinker, tinker://{run}/* are the adapters that were made of its checkpoints before."
+            f"Tinker did not list the checkpoints ({error.title}): tinker://{run}/* are the adapters that were made of "
+            "them before. Send your key in X-Tinker-Api-Key for the others."
         )
-        listed: list[dict[str, Any]] = []
-    else:
-        listed = await context.tinker.checkpoints(key, run)
     saved: dict[str, dict[str, float]] = {}
     for one in listed:
         saved.setdefault(one["name"], {})[one["kind"]] = one["time"]
@@ -115,20 +133,30 @@ async def _checkpoints(
     for adapter in mine:
         name = str(adapter.body["source"]).rpartition("/")[2]
         found[name] = _described(adapter, pointer), min(saved.get(name, {"": adapter.created_ms / 1000}).values())
+    training: list[str] = []
+    left_out: list[str] = []
     for name, times in saved.items():
         kind = next((kind for kind in _FETCHED_AS if kind in times), None)
         if name in found or kind is None:
             continue
         source = TinkerSource(run, kind, name)
-        parse_source(source.text)
+        try:
+            parse_source(source.text)
+        except InvalidRequest:
+            left_out.append(name)
+            continue
         if source.kind == "weights" and not context.plane.settings.adapters.allow_training_export:
-            into.notices.append(
-                f"{source.text} is left out: it is a training checkpoint, and the operator allows no exports of those."
-            )
+            training.append(name)
             continue
         known = await _known(context, caller, source.text, model)
         found[name] = Named(pointer, known, name, source.text, _step(name)), min(times.values())
-    if not found and saved:
+    if training:
+        into.notices.append(
+            f"Left out as training checkpoints, of which the operator allows no exports: {_first(training)}."
+        )
+    if left_out:
+        into.notices.append(f"Left out for names that no path can hold: {_first(left_out)}.")
+    if not found and training:
         raise TinkerExportOff(
             f"The run {run} has training checkpoints only, and the operator has not allowed their export "
             "(adapters.allow_training_export). Save others with training_client.save_weights_external(NAME)."
@@ -137,6 +165,12 @@ async def _checkpoints(
         raise _invalid(pointer, f"the run {run} has no checkpoints; save one with save_weights_external(NAME)")
     by_step = sorted(found.values(), key=lambda pair: (pair[0].step is None, pair[0].step or 0, pair[1]))
     into.variants += [one for one, _ in by_step]
+
+
+def _first(names: list[str]) -> str:
+    """The first names, and how many more."""
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(name[:80] for name in names[:_SHOWN]) + more
 
 
 async def _mine(context: Context, caller: ApiKey, run: str, model: str) -> list[Resource]:

@@ -79,7 +79,7 @@ async def comparison_work(
     try:
         if pending := [one for one in variants if one.adapter is None]:
             await _fetch(context, request, caller, body, pending, made_here)
-            _follow(works[0], variants)
+            follow(works[0], [str(one.adapter) for one in variants])
         for (part, _, _), work in zip(asked, works, strict=True):
             charged, work.inputs = charged + work.inputs, 0  # with the comparison's own job, which may still be refused
             work.credentials = False
@@ -166,13 +166,13 @@ async def _fetch(
             made_here.append(one.adapter)
 
 
-def _follow(work: Work, variants: list[Named]) -> None:
-    """Let the extraction of variants come after the jobs of those that are to be fetched, and read what they make."""
-    jobs = {place: one.adapter for place, one in enumerate(variants) if str(one.adapter).startswith("job_")}
+def follow(work: Work, adapters: list[str]) -> None:
+    """Let the extraction of variants come after the jobs of adapters among them (`job_…`), and read what they make."""
+    jobs = {place: one for place, one in enumerate(adapters) if one.startswith("job_")}
     for place, job in jobs.items():
         work.spec["variants"][place] = {"job": job}
-    work.request["adapter"] = [one.adapter for one in variants]
-    work.parents, work.rows_each = tuple(str(job) for job in jobs.values()), 0
+    work.request["adapter"] = adapters
+    work.parents, work.rows_each = tuple(jobs.values()), 0  # what waits for another job runs whole
 
 
 def _pointers(variants: list[Named], number: int) -> Callable[[str], str]:

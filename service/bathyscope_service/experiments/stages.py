@@ -22,7 +22,7 @@ from bathyscope_backplane.keys import ApiKey
 from bathyscope_backplane.reuse import adapter_digest, stage_digest
 from bathyscope_service.adapters.variants import BASE
 from bathyscope_service.adapters.work import adapter_work
-from bathyscope_service.comparisons.work import check_resamples, rows_of, settings
+from bathyscope_service.comparisons.work import check_resamples, follow, rows_of, settings
 from bathyscope_service.context import Context, Memory
 from bathyscope_service.datasets.using import probe_with_rows
 from bathyscope_service.experiments.adapter import adapter_of
@@ -198,10 +198,14 @@ async def _extraction(plan: Plan, probe: ProbeRequest, adapter: Stage | None) ->
     context, caller, data = plan.context, plan.caller, probe.data
     assert data is not None
     rows = await context.apart(plan.request.state.body_bytes, _rows_digest, probe)
+    pending = adapter is not None and adapter.resource is None
     if adapter is not None:
-        data = data.model_copy(update={"adapter": ["base", adapter.reference]})
+        data = data.model_copy(update={"adapter": [BASE, adapter.resource or BASE]})
     with pointing("/extraction"):
-        work = await extraction_work(context, caller, data, plan.request.state.body_bytes)
+        work = await extraction_work(context, caller, data, plan.request.state.body_bytes, repeats=pending)
+    if adapter is not None and pending:
+        # Not looked up: its job may have ended by now, and if it failed this fails by its parent, which tells why.
+        follow(work, [BASE, str(adapter.job)])
     entry = await context.plane.workers.entry(context.plane.registry, data.model)
     stage = Stage("extraction")
     plan.stages.append(stage)
