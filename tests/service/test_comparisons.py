@@ -198,15 +198,21 @@ def test_checkpoints_come_with_the_key_of_the_request(running: Stack, standin: S
     standin.add_key(theirs)
     run = standin.add_run(base_model="org/tiny", rank=RANK, key=theirs)
     run.add_checkpoint("external_weights", "1", checkpoint(tmp_path / "1", 7))
+    asked = fetches(running)
     request = body(model="org/tiny", variants=[f"tinker://{run.id}/*", "base"])
     found = problem(running.post("/v1/comparisons", request, wait=0), 404, "tinker-not-found")  # the operator's key
     assert [one["pointer"] for one in found["errors"]] == ["/variants/0"]
-    assert running.client.get("/v1/jobs").json()["data"][0]["kind"] != "adapter"
+    assert fetches(running) == asked
     with bathyscope.Client(running.url, tinker_api_key=theirs) as client:
         job = client.comparisons.create(**request, idempotency_key="once")
         done = job.wait()
         assert [one.name for one in done.variants] == ["1", "base"]
         assert client.comparisons.create(**request, idempotency_key="once").id == job.id
+    # The operator's key lists nothing of that run; what was fetched before is compared, and it is said.
+    again = compare(running, **{**request, "model": "org/tiny"})
+    assert [one["name"] for one in again["variants"]] == ["1", "base"]
+    [notice] = again["notices"]
+    assert "X-Tinker-Api-Key" in notice
     assert theirs not in json.dumps(running.client.get("/v1/jobs?limit=200").json())
 
 

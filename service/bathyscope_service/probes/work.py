@@ -68,7 +68,9 @@ async def probe_work(context: Context, request: Request, caller: ApiKey, body: P
         if record.status in ("failed", "cancelled", "expired"):
             raise StateConflict(f"The extraction's job is {record.status}; make the extraction anew.")
         _check_scored(body, record.request.get("score_choices", False))
-        rows, extraction_id, parents = record.request.get("inputs"), record.resource_id, (record.id,)
+        # A stage of an experiment may have found what an earlier one made.
+        made = record.resource.rpartition("/")[2] if record.resource is not None else record.resource_id
+        rows, extraction_id, parents = record.request.get("inputs"), made, (record.id,)
         variant = _asked(record.request.get("adapter"), body.variant)
         asked = record.request.get("layers", "all")
         held, depth = await layers_of(context, record.request.get("model", ""), asked)
