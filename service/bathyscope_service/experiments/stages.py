@@ -8,7 +8,6 @@ from the same things, and is still there, is taken again: a stage is known by a 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -173,8 +172,11 @@ async def _adapter(plan: Plan, source: str) -> Stage:
     stage, model = Stage("adapter"), plan.config.model.name
     plan.stages.append(stage)
     if "://" not in source:
-        with _named("/model/adapter"):
+        try:
             stage.resource, stage.reused = (await resource_of(plan.context, plan.caller, "adapter", source)).id, True
+        except (errors.NotFound, errors.Expired) as error:
+            error.errors = [errors.FieldError(pointer="/model/adapter", detail="name an adapter of GET /v1/adapters")]
+            raise
         return stage
     stage.digest = adapter_digest(source, model)
     if not await plan.is_known(stage, "adapter"):
@@ -182,15 +184,6 @@ async def _adapter(plan: Plan, source: str) -> Stage:
             stage, await adapter_work(plan.context, plan.caller, AdapterRequest(source=source, base_model=model))
         )
     return stage
-
-
-@contextlib.contextmanager
-def _named(pointer: str) -> Iterator[None]:
-    try:
-        yield
-    except (errors.NotFound, errors.Expired) as error:
-        error.errors = [errors.FieldError(pointer=pointer, detail="name an adapter of GET /v1/adapters")]
-        raise
 
 
 async def _extraction(plan: Plan, probe: ProbeRequest, adapter: Stage | None) -> tuple[Stage, str]:

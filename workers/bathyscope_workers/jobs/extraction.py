@@ -51,7 +51,7 @@ async def _variants(work: JobWork) -> list[dict[str, Any] | None] | None:
 async def _made(work: JobWork, job: str) -> dict[str, Any]:
     """The adapter that a job before this one made. Raises `AdapterBaseMismatch` for one of another base."""
     assert work.resident is not None
-    adapter, registry = await work.needed(await work.made_by(job)), work.plane.registry
+    adapter, registry = await work.needed(job), work.plane.registry
     base = adapter.body["base_model"]
     if not registry.same_weights(base, registry.get(work.resident.name)):
         raise AdapterBaseMismatch(f"The adapter {adapter.id} was made for {base}, not for {work.resident.name}.")
