@@ -29,6 +29,7 @@ from bathyscope_workers.adapters.skeleton import Skeleton
 from bathyscope_workers.adapters.source import SourceAdapter
 from bathyscope_workers.adapters.unpacking import unpack
 from tests.faults.test_chaos import family
+from tests.files import paths_below
 from tests.service.test_adapters import files, traces, upload
 from tests.service.test_adapters_hostile import on_shelf
 from tests.service.test_adapters_live import RANK, TEXTS, archive, assert_equal, merged
@@ -133,7 +134,7 @@ def held(running: Stack, tinker: Standin, step: str) -> Iterator[Any]:
 
     def arrived() -> bool:
         if step == "download":
-            return any((running.data_dir / "scratch").glob("*/job_*/files/adapter_model.safetensors"))
+            return bool(paths_below(running.data_dir / "scratch", "*/job_*/files/adapter_model.safetensors"))
         return reached.exists()
 
     def wait(job_id: str) -> None:
@@ -222,10 +223,10 @@ def left(running: Stack, cached: set[str]) -> list[str]:
     deadline = time.monotonic() + 60
     while True:
         cache = {path.name for path in (running.data_dir / "adapters").glob("*")} - {".locks"} - cached
-        temporary = [path for path in (running.data_dir / "tmp").rglob("*") if path.is_file()]
-        found = [*traces(running), *sorted(cache), *map(str, temporary)]
-        if not found or time.monotonic() > deadline:
-            return found
+        temporary = [path for path in paths_below(running.data_dir / "tmp") if path.is_file()]
+        there = [*traces(running), *sorted(cache), *map(str, temporary)]
+        if not there or time.monotonic() > deadline:
+            return there
         time.sleep(0.05)
 
 

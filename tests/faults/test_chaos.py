@@ -23,6 +23,7 @@ from bathyscope_backplane.settings import Settings
 from tests.faults.chaos import HANG_SECONDS, LEASE_SECONDS, Chaos, plan
 from tests.faults.test_kills import SERVERS
 from tests.faults.work import BLOCK, Run, work
+from tests.files import paths_below
 from tests.stack import Stack, stack
 
 WHOLE = os.environ.get("BATHYSCOPE_FAULTS") == "whole"
@@ -124,7 +125,7 @@ def nothing_is_left(running: Stack) -> None:
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         folders = {path.name for path in scratch.iterdir() if path.is_dir()}
-        files = list(scratch.glob("*/*"))
+        files = paths_below(scratch, "*/*")
         if folders == workers and not files:
             break
         time.sleep(0.2)

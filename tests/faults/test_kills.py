@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 from bathyscope_backplane.embedded import find_binary
+from tests.files import paths_below
 from tests.service.test_extractions import assert_close, npy
 from tests.stack import Stack, stack
 
@@ -79,7 +80,7 @@ def check(running: Stack, job_id: str, before: int) -> dict[str, Any]:
     assert_close(npy(running, extraction), running.expected)  # type: ignore[attr-defined]
     blobs = running.data_dir / "artifacts" / "blobs" / extraction["id"]
     assert len(list(blobs.iterdir())) == 1
-    assert not list((running.data_dir / "scratch").glob("*/job_*"))
+    assert not paths_below(running.data_dir / "scratch", "*/job_*")
     return job
 
 

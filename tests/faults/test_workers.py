@@ -17,6 +17,7 @@ import redis
 
 from bathyscope_backplane.broker import Broker, BrokerLimits, NewJob, connect
 from bathyscope_backplane.ids import new_id
+from tests.files import contents_below, paths_below
 from tests.service.test_keys import make_key
 from tests.stack import Stack, stack
 
@@ -78,11 +79,11 @@ def succeeded(running: Stack) -> int:
 
 def artifacts(running: Stack) -> dict[str, bytes]:
     folder = running.data_dir / "artifacts"
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {str(path.relative_to(folder)): content for path, content in contents_below(folder)}
 
 
 def scratch(running: Stack, worker: str) -> list[Path]:
-    return list((running.data_dir / "scratch").glob(f"{worker}-*/*"))
+    return paths_below(running.data_dir / "scratch", f"{worker}-*/*")
 
 
 def test_a_woken_supervisor_publishes_nothing(two: Stack) -> None:

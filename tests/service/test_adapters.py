@@ -22,6 +22,7 @@ from typing import Any
 import httpx2
 import pytest
 
+from tests.files import paths_below
 from tests.service.test_keys import as_user, make_key
 from tests.service.test_manners import problem
 from tests.stack import Stack, stack
@@ -67,21 +68,21 @@ def added(client: httpx2.Client, content: bytes, **fields: str) -> dict[str, Any
 def traces(stack: Stack) -> list[str]:
     """What lies in data folder and store that belongs to no adapter."""
     store = stack.data_dir / "artifacts"
-    found = [*(stack.data_dir / "uploads").glob("*"), *(store / "inputs").glob("*")]
-    found += (stack.data_dir / "scratch").glob("*/job_*")
-    return [str(path) for path in found]
+    there = [*paths_below(stack.data_dir / "uploads", "*"), *paths_below(store / "inputs", "*")]
+    there += paths_below(stack.data_dir / "scratch", "*/job_*")
+    return [str(path) for path in there]
 
 
 def left_behind(stack: Stack) -> list[str]:
     """What still lies there when the workers have had time to clear up: they do so after the job's end."""
     deadline = time.monotonic() + 20
-    while (found := traces(stack)) and time.monotonic() < deadline:
+    while (there := traces(stack)) and time.monotonic() < deadline:
         time.sleep(0.05)
-    return found
+    return there
 
 
 def files(stack: Stack) -> list[Path]:
-    return [path for path in (stack.data_dir / "artifacts" / "adapters").rglob("*") if path.is_file()]
+    return [path for path in paths_below(stack.data_dir / "artifacts" / "adapters") if path.is_file()]
 
 
 def test_from_upload_to_archive(noop: Stack) -> None:

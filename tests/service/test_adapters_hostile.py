@@ -25,6 +25,7 @@ from bathyscope_workers.adapters.conversion import convert
 from bathyscope_workers.adapters.skeleton import Skeleton
 from bathyscope_workers.adapters.source import SourceAdapter
 from bathyscope_workers.adapters.unpacking import unpack
+from tests.files import paths_below
 from tests.service.hostile_adapters import (
     CONFIG,
     GOOD_TENSORS,
@@ -62,12 +63,12 @@ def hostile(tmp_path_factory: pytest.TempPathFactory, models: str) -> Iterator[S
 def on_disk(stack: Stack) -> set[str]:
     """Every file below the data folder, but for logs, locks and the queue's own."""
     own = {"logs", "models", "valkey", ".locks"}
-    found = set()
-    for path in stack.data_dir.rglob("*"):
+    there = set()
+    for path in paths_below(stack.data_dir):
         inner = path.relative_to(stack.data_dir)
         if not own & set(inner.parts) and not inner.parts[0].startswith(("valkey", "redis", "dump", "appendonly")):
-            found.add(f"{inner}{'' if path.is_file() else '/'}")
-    return found
+            there.add(f"{inner}{'' if path.is_file() else '/'}")
+    return there
 
 
 def on_shelf(stack: Stack) -> dict[str, bytes]:

@@ -15,6 +15,7 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
+from tests.files import paths_below
 from tests.service.test_keys import as_user, make_key
 from tests.service.test_manners import problem
 from tests.stack import Stack
@@ -40,8 +41,8 @@ def lines(rows: list[Any]) -> bytes:
 
 def files(stack: Stack) -> set[Path]:
     """What of datasets lies in the data folder: blobs, manifests, uploads in the making."""
-    found = (path for folder in ("artifacts", "uploads") for path in (stack.data_dir / folder).rglob("*"))
-    return {path for path in found if path.is_file() and ("/ds_" in str(path) or "/uploads/" in str(path))}
+    paths = (path for folder in ("artifacts", "uploads") for path in paths_below(stack.data_dir / folder))
+    return {path for path in paths if path.is_file() and ("/ds_" in str(path) or "/uploads/" in str(path))}
 
 
 @pytest.fixture(scope="module")

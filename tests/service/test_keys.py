@@ -20,6 +20,7 @@ from bathyscope.types import ExtractionRequest
 from bathyscope_backplane.broker import Broker, NewJob, connect
 from bathyscope_backplane.ids import new_id
 from bathyscope_backplane.settings import Settings
+from tests.files import contents_below
 from tests.service.test_manners import problem
 from tests.stack import Stack
 
@@ -317,11 +318,9 @@ async def test_the_worker_holds_what_is_left_of_a_quota(live: Stack) -> None:
 
 
 def test_keys_are_not_kept(keyed: Stack, keys: dict[str, str]) -> None:
-    for path in keyed.data_dir.rglob("*"):
-        if path.is_file():
-            content = path.read_bytes()
-            for key in keys.values():
-                assert key.encode() not in content, path
+    for path, content in contents_below(keyed.data_dir):
+        for key in keys.values():
+            assert key.encode() not in content, path
 
 
 def test_it_refuses_to_start_in_public_without_keys(tmp_path: Path) -> None:

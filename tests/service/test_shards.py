@@ -19,6 +19,7 @@ from safetensors.numpy import load
 
 from bathyscope_backplane.settings import JobSettings
 from bathyscope_service.jobs.sharding import split
+from tests.files import paths_below
 from tests.service.test_keys import make_key
 from tests.stack import Stack, stack
 
@@ -80,7 +81,7 @@ def until(so: Any, seconds: float = 30) -> Any:
 
 
 def left(running: Stack, folder: str) -> list[Path]:
-    return [path for path in (running.data_dir / "artifacts" / folder).rglob("*") if path.is_file()]
+    return [path for path in paths_below(running.data_dir / "artifacts" / folder) if path.is_file()]
 
 
 def only_records_left(running: Stack, job_id: str) -> None:
@@ -167,7 +168,7 @@ def test_the_result_is_that_of_an_unsplit_job(two: Stack, pooling: str) -> None:
     assert np.array_equal(part, found["hidden_states"][rows, 1:])
     assert not left(two, "shards")
     assert not left(two, "inputs")
-    assert not list((two.data_dir / "scratch").glob("*/job_*"))
+    assert not paths_below(two.data_dir / "scratch", "*/job_*")
 
 
 def test_scores_of_choices(two: Stack) -> None:
