@@ -227,6 +227,69 @@ def test_comparisons(theme: Any) -> None:
     assert list(moved.axes[0].lines[0].get_ydata()) == [0.0, 0.1]
 
 
+def test_steps_are_a_line_a_run_and_other_variants_are_levels() -> None:
+    def variant(name: str, source: str | None = None, step: int | None = None) -> dict[str, Any]:
+        return {"name": name, "source": source, "step": step, "extraction": "ext_1"}
+
+    def moved(value: float) -> dict[str, Any]:
+        spread = {"mean": value, "median": value, "q25": value, "q75": value}
+        return {"layer": 4, "relative_norm": spread, "cosine": spread}
+
+    variants = [
+        variant("step-20", "tinker://one/external_weights/step-20", 20),
+        variant("step-3", "tinker://one/external_weights/step-3", 3),
+        variant("end", "tinker://one/external_weights/end"),
+        variant("step-20 ", "tinker://two/external_weights/step-20", 20),
+        variant("base"),
+    ]
+    worth, far = [0.8, 0.6, 0.9, 0.7, 0.5], [None, 0.1, 0.3, 0.2, 0.4]
+    found = types.Comparison.model_validate(
+        {
+            "id": "cmp_1",
+            "job": "job_1",
+            "model": "tiny",
+            "compares": "checkpoints",
+            "variants": variants,
+            "inputs": 10,
+            "layers": [4],
+            "created_at": "2026-01-01T00:00:00Z",
+            "report": {
+                "n": 10,
+                "task": "binary",
+                "seed": 0,
+                "bootstrap": 0,
+                "protocol": "stratified",
+                "variants": [
+                    {"name": one["name"], "layers": [], "best_layer": 4, "held_out": scores(value), "chosen_layers": []}
+                    for one, value in zip(variants, worth, strict=True)
+                ],
+                "differences": [],
+                "transfer": {"metric": "auroc", "layers": [], "values": []},
+                "directions": [],
+                "shift": [
+                    {"name": one["name"], "reference": "step-20", "layers": [moved(value)]}
+                    for one, value in zip(variants, far, strict=True)
+                    if value is not None
+                ],
+            },
+        }
+    )
+    upper, lower = plots.figure(found, "steps").axes
+    assert [tick.get_text() for tick in lower.get_xticklabels()] == ["3", "20", "end"]
+    lines = {str(line.get_label()): line for line in upper.lines}
+    assert set(lines) == {"base", "one", "two"}
+    assert list(lines["one"].get_xdata()) == [0, 1, 2]
+    assert list(lines["one"].get_ydata()) == [0.6, 0.8, 0.9]
+    assert (list(lines["two"].get_xdata()), list(lines["two"].get_ydata())) == ([1], [0.7])
+    assert set(lines["base"].get_ydata()) == {0.5}
+    level, one, two = (np.array(line.get_ydata(), dtype=float) for line in lower.lines)
+    assert set(level) == {0.4}
+    np.testing.assert_array_equal(one, [0.1, np.nan, 0.3])  # from itself the first has not moved
+    assert list(two) == [0.2]
+    for theme in ("light", "dark"):
+        assert plots.rendered(found, "steps", theme=theme)  # type: ignore[arg-type]
+
+
 def test_ink_can_be_read_on_every_colour_of_the_scale() -> None:
     """Contrast of 4.5 at least (WCAG 2.2, 1.4.3)."""
 

@@ -29,10 +29,10 @@ import secrets
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
-from bathyscope.errors import IdempotencyMismatch, LaneFull, QuotaExceeded, StateConflict
+from bathyscope.errors import LaneFull, QuotaExceeded, StateConflict
 
 from . import _scripts as scripts
-from ._reader import Reader
+from ._reader import Reader, other_body
 from ._records import LEASE_FIELDS, hash_fields, lease
 from ._types import Cancelled, Lease, LeaseRef, NewJob, Reaped, ReleaseReason, Renewal, Submitted, Taken, shards_of
 
@@ -100,9 +100,7 @@ class Broker(Reader):
         if outcome in ("inputs_full", "bytes_full"):
             raise _over_quota(job, outcome, int(value), rest)
         if outcome == "mismatch":
-            raise IdempotencyMismatch(
-                "This Idempotency-Key was used before with another body; use a new key for a new request."
-            )
+            raise other_body()
         return Submitted(value, replayed=value != job.id)
 
     async def take(

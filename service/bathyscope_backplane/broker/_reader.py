@@ -14,6 +14,7 @@ from bathyscope.errors import (
     EngineDied,
     EngineHung,
     Expired,
+    IdempotencyMismatch,
     InvalidRequest,
     JobCancelled,
     LeaseLapsed,
@@ -25,7 +26,7 @@ from ._answer import answer
 from ._listener import Listener
 from ._lua import Link
 from ._records import RECORD_FIELDS, record
-from ._types import BrokerLimits, BrokerStats, Event, JobRecord, LaneStats, Page, Status, Usage, base_lane
+from ._types import BrokerLimits, BrokerStats, Event, Idempotency, JobRecord, LaneStats, Page, Status, Usage, base_lane
 
 T = TypeVar("T")
 
@@ -33,6 +34,13 @@ _SCAN = 1_000  # jobs that one listing script walks over at most: about a millis
 _SCANS = 10  # such walks for one page
 _RING = 128  # owners that a position looks at; longer rings are extrapolated
 _EVENT_ID = re.compile(r"\d{1,20}(-\d{1,20})?")
+
+
+def other_body() -> IdempotencyMismatch:
+    """What is said of a key that comes with another request."""
+    return IdempotencyMismatch(
+        "This Idempotency-Key was used before with another body; use a new key for a new request."
+    )
 
 
 class Reader:
@@ -78,6 +86,19 @@ class Reader:
         """The job, or None when it never was or its time is over (then see `tombstone`)."""
         values: list[str | None] = await self._read(self.redis.hmget(f"{self.prefix}job:{job_id}", RECORD_FIELDS))
         return record(values) if values[0] else None
+
+    async def first_of(self, idempotency: Idempotency) -> str | None:
+        """The job that an earlier request with this key made, if there still is one.
+
+        Raises `IdempotencyMismatch` (422) when it came with another body.
+        """
+        known: str | None = await self._read(self.redis.get(f"{self.prefix}idem:{idempotency.key}"))
+        body, _, job_id = (known or "").rpartition("|")
+        if known is None or not await self.knows(job_id):
+            return None
+        if body != idempotency.body:
+            raise other_body()
+        return job_id
 
     async def knows(self, job_id: str) -> bool:
         """Whether there is a record of the job."""

@@ -14,7 +14,7 @@ from bathyscope_service.bodies import describes, json_body
 from bathyscope_service.comparisons.work import comparison_work
 from bathyscope_service.context import Caller, Context, Ctx, Held, Memory
 from bathyscope_service.datasets.using import comparison_with_rows
-from bathyscope_service.jobs.submission import answer, submit
+from bathyscope_service.jobs.submission import answer, answer_again, earlier, submit
 from bathyscope_service.probes.work import drop_parent
 from bathyscope_service.problems import responses
 from bathyscope_service.resources import resource_list, resource_of, result_headers
@@ -69,6 +69,8 @@ _EXAMPLE = {
             errors.TinkerBilling,
             errors.TinkerRateLimited,
             errors.TinkerExportOff,
+            errors.AdapterSourceMissing,
+            errors.TinkerBaseRetired,
         ),
     },
 )
@@ -84,6 +86,8 @@ async def create_comparison(
 
     Its extractions are jobs before it, and so are the adapters of `tinker://RUN/*` that are still to be fetched.
     """
+    if (first := await earlier(context, request, caller)) is not None:  # before Tinker is asked once more
+        return await answer_again(context, request, caller, first)
     body = await comparison_with_rows(context, request, caller, memory, body)
     work, parents = await comparison_work(context, request, caller, body)
     try:
@@ -95,9 +99,9 @@ async def create_comparison(
             await drop_parent(context, parent)
         raise
     if replayed and parents:
-        first = await context.plane.broker.get(job_id)
+        winner = await context.plane.broker.get(job_id)
         for parent in reversed(parents):
-            if first is not None and parent not in first.parents:
+            if winner is not None and parent not in winner.request["jobs"]:
                 await drop_parent(context, parent)
     return await answer(context, request, caller, work, job_id, replayed)
 

@@ -25,6 +25,7 @@ from bathyscope.errors import (
 from bathyscope_backplane.adapter_sources import TinkerKind, TinkerSource, parse_source
 from bathyscope_backplane.artifacts import Resource
 from bathyscope_backplane.keys import ApiKey
+from bathyscope_backplane.registry import ModelEntry
 from bathyscope_backplane.reuse import adapter_digest
 from bathyscope_service.adapters.variants import BASE, fits
 from bathyscope_service.context import Context
@@ -76,7 +77,10 @@ async def named(context: Context, request: Request, caller: ApiKey, asked: list[
     """
     most = context.plane.settings.limits.max_variants
     found = Asked()
-    context.plane.registry.get(model)  # before anything that points at a variant
+    entry = context.plane.registry.get(model)  # before anything that points at a variant
+    runs = [run for one in asked if (run := _RUN.fullmatch(one)) is not None]
+    _bounded(max(2, len(asked)), most, of_runs=False)  # each is one variant at least, and of a run Tinker is asked
+    mine = await _mine(context, caller, entry) if runs else []
     for number, one in enumerate(asked):
         pointer = f"/variants/{number}"
         if one == BASE:
@@ -84,7 +88,7 @@ async def named(context: Context, request: Request, caller: ApiKey, asked: list[
         elif (run := _RUN.fullmatch(one)) is not None:
             found.runs = True
             with _pointed(pointer):
-                await _checkpoints(context, request, caller, run[1], model, pointer, found)
+                await _checkpoints(context, request, caller, run[1], model, pointer, found, mine)
         elif one.startswith("tinker://"):
             raise _invalid(pointer, "name a whole run, tinker://RUN/*, or the id of an adapter made of the checkpoint")
         else:
@@ -96,9 +100,7 @@ async def named(context: Context, request: Request, caller: ApiKey, asked: list[
         twice = (other for other in variants[:number] if other.pointer != variant.pointer)
         if variant.adapter and any(variant.adapter == other.adapter for other in twice):
             raise _invalid(variant.pointer, f"{variant.name} is compared already: leave one of the two out")
-    if not 2 <= len(variants) <= most:
-        remedy = "; name those that you want by their adapters' ids" if found.runs and len(variants) > most else ""
-        raise _invalid("/variants", f"{len(variants)} variants, and a comparison has 2 to {most}{remedy}")
+    _bounded(len(variants), most, of_runs=found.runs)
     called = [variant.name for variant in variants]
     for variant in variants:  # names are the caller's own; what they do not tell apart ids do
         if called.count(variant.name) > 1:
@@ -107,15 +109,22 @@ async def named(context: Context, request: Request, caller: ApiKey, asked: list[
 
 
 async def _checkpoints(
-    context: Context, request: Request, caller: ApiKey, run: str, model: str, pointer: str, into: Asked
+    context: Context,
+    request: Request,
+    caller: ApiKey,
+    run: str,
+    model: str,
+    pointer: str,
+    into: Asked,
+    own: list[Resource],
 ) -> None:
     """A run's checkpoints by step; those without a number last, by age.
 
     With a key for Tinker they are those that Tinker lists, each as the adapter that one has of it already or else to be
-    fetched; without, the adapters that one has.
+    fetched; without, the adapters that one has (`own`: those for the model).
     """
     parse_source(f"tinker://{run}/weights/any")  # what no path could name is not asked for
-    mine = await _mine(context, caller, run, model)
+    mine = [one for one in own if str(one.body.get("source") or "").startswith(f"tinker://{run}/")]
     listed: list[dict[str, Any]] = []
     try:
         listed = await context.tinker.checkpoints(key_of(request, context.plane.settings.adapters), run)
@@ -148,8 +157,7 @@ async def _checkpoints(
         if source.kind == "weights" and not context.plane.settings.adapters.allow_training_export:
             training.append(name)
             continue
-        known = await _known(context, caller, source.text, model)
-        found[name] = Named(pointer, known, name, source.text, _step(name)), min(times.values())
+        found[name] = Named(pointer, None, name, source.text, _step(name)), min(times.values())
     if training:
         into.notices.append(
             f"Left out as training checkpoints, of which the operator allows no exports: {_first(training)}."
@@ -163,6 +171,9 @@ async def _checkpoints(
         )
     if not found:
         raise _invalid(pointer, f"the run {run} has no checkpoints; save one with save_weights_external(NAME)")
+    _bounded(max(2, len(into.variants) + len(found)), context.plane.settings.limits.max_variants, of_runs=True)
+    for variant, _ in found.values():
+        variant.adapter = variant.adapter or await _known(context, caller, str(variant.source), model)
     by_step = sorted(found.values(), key=lambda pair: (pair[0].step is None, pair[0].step or 0, pair[1]))
     into.variants += [one for one, _ in by_step]
 
@@ -173,10 +184,9 @@ def _first(names: list[str]) -> str:
     return ", ".join(name[:80] for name in names[:_SHOWN]) + more
 
 
-async def _mine(context: Context, caller: ApiKey, run: str, model: str) -> list[Resource]:
-    """One's adapters that were made of a run's checkpoints, for a model."""
+async def _mine(context: Context, caller: ApiKey, entry: ModelEntry) -> list[Resource]:
+    """One's adapters that were made of Tinker's checkpoints, for a model."""
     registry = context.plane.registry
-    entry = registry.get(model)
     mine: list[Resource] = []
     cursor: str | None = None
     while True:
@@ -184,7 +194,7 @@ async def _mine(context: Context, caller: ApiKey, run: str, model: str) -> list[
         mine += [
             one
             for one in page
-            if str(one.body.get("source") or "").startswith(f"tinker://{run}/") and fits(registry, one, entry)
+            if str(one.body.get("source") or "").startswith("tinker://") and fits(registry, one, entry)
         ]
         if cursor is None:
             return mine
@@ -225,6 +235,12 @@ def _pointed(pointer: str) -> Iterator[None]:
         told = [one["detail"] for one in error.errors] or ["this run's checkpoints were asked for"]
         error.errors = [FieldError(pointer=pointer, detail=detail) for detail in told]
         raise
+
+
+def _bounded(count: int, most: int, *, of_runs: bool) -> None:
+    if not 2 <= count <= most:
+        remedy = "; name those that you want by their adapters' ids" if of_runs and count > most else ""
+        raise _invalid("/variants", f"{count} variants, and a comparison has 2 to {most}{remedy}")
 
 
 def _invalid(pointer: str, detail: str) -> InvalidRequest:

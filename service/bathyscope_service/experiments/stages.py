@@ -68,7 +68,7 @@ class Plan:
     @property
     def made(self) -> list[str]:
         """Jobs that are this experiment's own."""
-        return [stage.job for stage in self.stages if stage.job is not None]
+        return list(dict.fromkeys(stage.job for stage in self.stages if stage.job is not None))
 
     async def is_known(self, stage: Stage, kind: str) -> bool:
         """Whether an earlier experiment made the stage, and it is still there: then it is taken."""
@@ -134,6 +134,7 @@ async def experiment_work(
                 "model": config.model.name,
                 "notices": notices,
                 "stages": [stage.wire() for stage in plan.stages],
+                "jobs": plan.made,
             },
             resource_id=new_id("exp"),
             parents=tuple(plan.made),
@@ -282,11 +283,3 @@ def _rows_digest(probe: ProbeRequest) -> str:
     assert probe.data is not None
     inputs = [one if isinstance(one, str) else one.model_dump(mode="json") for one in probe.data.inputs or []]
     return stage_digest("rows", inputs, probe.labels, probe.groups, probe.split)
-
-
-async def cancel_stages(context: Context, stages: list[dict[str, Any]]) -> None:
-    """End the jobs of an experiment that was cancelled, the last first."""
-    for stage in reversed(stages):
-        if stage["job"] is not None:
-            with contextlib.suppress(errors.Unavailable, errors.StateConflict):
-                await context.plane.broker.cancel(stage["job"])

@@ -17,9 +17,8 @@ from bathyscope.types import Job, JobKind, JobStatus, Page
 from bathyscope_backplane.keys import ApiKey
 from bathyscope_service.context import Caller, Context, Ctx
 from bathyscope_service.credentials import HEADERS, credentials_of
-from bathyscope_service.experiments.stages import cancel_stages
 from bathyscope_service.guards import require_admin
-from bathyscope_service.jobs.submission import discard, job_answer, wait_for
+from bathyscope_service.jobs.submission import cancel, job_answer, wait_for
 from bathyscope_service.jobs.views import job_of, job_view, json_response
 from bathyscope_service.problems import responses
 
@@ -65,15 +64,12 @@ async def get_job(job_id: str, request: Request, context: Ctx, caller: Caller) -
     responses=responses(errors.NotFound, errors.Expired, errors.StateConflict, errors.InvalidRequest),
 )
 async def cancel_job(job_id: str, context: Ctx, caller: Caller) -> Response:
-    """A queued job ends at once, a running one at its next batch. A finished one is a conflict."""
-    before = await job_of(context, caller, job_id)
-    payload = await context.plane.broker.payload(job_id)
-    outcome = await context.plane.broker.cancel(job_id)
+    """A queued job ends at once, a running one at its next batch, and so do those that were queued for it alone. A
+    finished one is a conflict.
+    """
+    await job_of(context, caller, job_id)
+    outcome = await cancel(context, job_id)
     record = await job_of(context, caller, job_id)
-    if outcome == "cancelled" and payload is not None:  # no worker has it, which would clear up
-        await discard(context, before, payload)
-    if before.kind == "experiment" and outcome != "finished":
-        await cancel_stages(context, before.request.get("stages", []))
     if outcome == "finished":
         raise errors.StateConflict(f"The job has already ended: it is {record.status}.")
     return json_response(await job_view(context, record, caller.id))

@@ -18,7 +18,7 @@ from starlette.responses import Response
 from bathyscope.errors import InvalidRequest, OutOfSpace, ProblemError, Unavailable
 from bathyscope.types import Priority, WorkRequest
 from bathyscope_backplane.artifacts import Claim
-from bathyscope_backplane.broker import Idempotency, JobRecord, NewJob, Shard
+from bathyscope_backplane.broker import Cancelled, Idempotency, JobRecord, NewJob, Shard
 from bathyscope_backplane.ids import new_id
 from bathyscope_backplane.keys import ApiKey
 from bathyscope_backplane.tracing import current
@@ -180,6 +180,27 @@ async def _drop(context: Context, key: str | None) -> None:
             await asyncio.shield(context.plane.store.delete(key))
 
 
+async def earlier(context: Context, request: Request, caller: ApiKey) -> str | None:
+    """The job that an earlier request with this one's Idempotency-Key made. Raises `IdempotencyMismatch`."""
+    idempotency = idempotency_of(request, caller)
+    return await context.plane.broker.first_of(idempotency) if idempotency is not None else None
+
+
+async def cancel(context: Context, job_id: str) -> Cancelled:
+    """Cancel a job and what was queued for it alone (`request.jobs`), the last first."""
+    broker = context.plane.broker
+    record, payload = await broker.get(job_id), await broker.payload(job_id)
+    outcome = await broker.cancel(job_id)
+    if record is None or outcome == "finished":
+        return outcome
+    if outcome == "cancelled" and payload is not None:  # no worker has it, which would clear up
+        await discard(context, record, payload)
+    for own in reversed(record.request.get("jobs", [])):
+        with contextlib.suppress(Unavailable):  # this one is cancelled by now, whatever becomes of the others
+            await cancel(context, own)
+    return outcome
+
+
 async def discard(context: Context, record: JobRecord, payload: str) -> None:
     """Remove what lies in the store for a job that was cancelled in its queue: rows, archive, a converted adapter, what
     its shards made."""
@@ -205,15 +226,27 @@ async def answer(
 
     The job is accepted by now, so a Redis that falls silent here is no reason to answer anything else.
     """
-    headers = {"Location": f"/v1/jobs/{job_id}"}
-    if replayed:
-        headers["Idempotent-Replayed"] = "true"
+    headers = _accepted(job_id, replayed)
     try:
-        record = await wait_for(context, request, caller, job_id)
-        return await job_answer(context, request, record, dict(headers), unfinished=202)
+        return await _waited(context, request, caller, job_id, headers)
     except Unavailable:
         accepted = accepted_view(job_id, work.kind, work.priority, work.request, work.webhook)
         return json_response(accepted, 202, {**headers, "Retry-After": "5"})
+
+
+async def answer_again(context: Context, request: Request, caller: ApiKey, job_id: str) -> Response:
+    """The answer to a POST that an earlier one with its Idempotency-Key made the job of."""
+    return await _waited(context, request, caller, job_id, _accepted(job_id, replayed=True))
+
+
+def _accepted(job_id: str, replayed: bool) -> dict[str, str]:
+    again = {"Idempotent-Replayed": "true"} if replayed else {}
+    return {"Location": f"/v1/jobs/{job_id}", **again}
+
+
+async def _waited(context: Context, request: Request, caller: ApiKey, job_id: str, headers: dict[str, str]) -> Response:
+    record = await wait_for(context, request, caller, job_id)
+    return await job_answer(context, request, record, dict(headers), unfinished=202)
 
 
 async def job_answer(

@@ -113,7 +113,7 @@ async def probe_work(context: Context, request: Request, caller: ApiKey, body: P
                 **body.model_dump(exclude={"labels", "groups", "split", "data", "webhook"}, exclude_defaults=True),
                 "extraction": extraction_id,
                 "labels": "correct" if body.labels == "correct" else len(labels),
-                **({"data": _data(body.data, rows)} if body.data is not None else {}),
+                **({"data": _data(body.data, rows), "jobs": list(parents)} if body.data is not None else {}),
             },
             resource_id=new_id("prb"),
             priority=body.priority,

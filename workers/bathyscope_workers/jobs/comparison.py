@@ -101,6 +101,7 @@ class ComparisonJob:
                 "transfer": f"{link}/plots/transfer",
                 "layer_shift": f"{link}/plots/layer_shift",
                 "layer_curve": f"{link}/plots/layer_curve",
+                **({"steps": f"{link}/plots/steps"} if work.spec["compares"] == "checkpoints" else {}),
                 "job": f"/v1/jobs/{work.lease.job_id}",
             },
         }

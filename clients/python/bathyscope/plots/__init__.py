@@ -24,7 +24,7 @@ from matplotlib.figure import Figure as Picture
 
 from bathyscope import types
 from bathyscope.errors import InvalidRequest
-from bathyscope.plots import _compared, _experiment, _probe, _tokens
+from bathyscope.plots import _compared, _experiment, _probe, _steps, _tokens
 from bathyscope.plots._theme import THEMES, ThemeName, theme_of
 
 PictureFormat = Literal["png", "svg"]
@@ -53,7 +53,7 @@ OF_EXPERIMENTS: dict[str, Callable[..., Picture]] = {
 
 OF_COMPARISONS: dict[str, Callable[..., Picture]] = {
     "layer_curve": _compared.layer_curve,
-    "steps": _compared.steps,
+    "steps": _steps.steps,
     "transfer": _compared.transfer,
     "layer_shift": _compared.layer_shift,
 }

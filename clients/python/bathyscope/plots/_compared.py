@@ -15,7 +15,8 @@ from bathyscope.plots._comparison import Band, shift_curve, transfer_matrix
 from bathyscope.plots._probe import ends, titled
 from bathyscope.plots._theme import DASHES, MARKERS, Theme, one_line
 
-_NAMES = {"auroc": "AUROC", "r2": "R²", "ece": "ECE", "mae": "mean abs. error"}
+NAMES = {"auroc": "AUROC", "r2": "R²", "ece": "ECE", "mae": "mean abs. error"}
+"""How figures are called on axes."""
 
 TRANSFER_NOTE = "on rows held out, at the layer of the one trained on"
 
@@ -40,11 +41,11 @@ def layer_curve(comparison: types.Comparison, theme: Theme) -> Picture:
         name = one_line(variant.name, 28)
         upper.plot(layers, ends(figures, "value"), markersize=3.5, linewidth=1.6, label=name, **style)
         lower.plot(layers, ends([getattr(one, below) for one in scores], "value"), markersize=2.5, **style)
-    upper.set_ylabel(_NAMES[main])
+    upper.set_ylabel(NAMES[main])
     upper.legend(loc="best")
-    titled(upper, f"{_NAMES[main]} by layer: {subject(comparison)}", f"bands: 95 % intervals; {report.n} rows", theme)
+    titled(upper, f"{NAMES[main]} by layer: {subject(comparison)}", f"bands: 95 % intervals; {report.n} rows", theme)
     lower.set_ylim(bottom=0)
-    lower.set_ylabel(_NAMES[below])
+    lower.set_ylabel(NAMES[below])
     lower.set_xlabel("layer (0: embeddings, last: after the final norm)")
     lower.xaxis.set_major_locator(MaxNLocator(integer=True))
     return picture
@@ -59,7 +60,7 @@ def transfer(comparison: types.Comparison, theme: Theme) -> Picture:
         theme,
         title=f"Transfer of probes: {subject(comparison)}",
         note=TRANSFER_NOTE,
-        metric=_NAMES[report.transfer.metric],
+        metric=NAMES[report.transfer.metric],
     )
 
 
@@ -69,42 +70,6 @@ def layer_shift(comparison: types.Comparison, theme: Theme) -> Picture:
     title = f"Distance from {one_line(report.shift[0].reference, 24)}: {subject(comparison)}"
     found = {variant.name: variant.layers for variant in report.shift}
     return shifts(found, theme, title=title, note=f"medians and quartiles over {report.n} rows")
-
-
-def steps(comparison: types.Comparison, theme: Theme) -> Picture:
-    """The checkpoints of a run in their order: the held-out AUROC (R² of a regression) with its interval, that of what
-    they are held against as a line, and below it the layer that moved most."""
-    report = report_of(comparison)
-    if comparison.compares != "checkpoints":
-        raise InvalidRequest("There are no steps in a comparison without checkpoints of a Tinker run.")
-    main = "r2" if report.task == "regression" else "auroc"
-    compared = zip(comparison.variants[1:], report.variants[1:], report.shift, strict=True)
-    order = sorted(compared, key=lambda one: (one[0].step is None, one[0].step or 0))
-    picture = Picture(figsize=(6.4, 4.6), layout="constrained")
-    upper, lower = picture.subplots(2, 1, sharex=True, height_ratios=[3, 1])
-    places = list(range(len(order)))
-    first: types.Figure | None = getattr(report.variants[0].held_out, main)
-    if first is not None and first.value is not None:
-        name = one_line(report.variants[0].name, 20)
-        upper.axhline(first.value, color=theme.faint, linewidth=1.2, linestyle=DASHES[1], label=name)
-        if first.low is not None and first.high is not None:
-            upper.axhspan(first.low, first.high, color=theme.faint, alpha=0.12, linewidth=0)
-    figures = [getattr(one.held_out, main) for _, one, _ in order]
-    colour = theme.series[0]
-    upper.fill_between(places, ends(figures, "low"), ends(figures, "high"), color=colour, alpha=0.15, linewidth=0)
-    upper.plot(places, ends(figures, "value"), color=colour, marker=MARKERS[0], linewidth=1.6, label="checkpoints")
-    upper.set_ylabel(f"held-out {_NAMES[main]}")
-    upper.legend(loc="best")
-    titled(upper, f"{_NAMES[main]} by step: {subject(comparison)}", f"bands: 95 % intervals; {report.n} rows", theme)
-    moved = [max((layer.relative_norm.median or 0.0 for layer in shift.layers), default=0.0) for _, _, shift in order]
-    lower.plot(places, moved, color=theme.series[1 % len(theme.series)], marker=MARKERS[1])
-    lower.margins(y=0.2)
-    lower.set_ylim(bottom=0)
-    lower.set_ylabel("largest shift")
-    lower.set_xlabel("step of the checkpoint")
-    names = [one_line(one.name, 14) if one.step is None else f"{one.step:,}" for one, _, _ in order]
-    lower.set_xticks(places, names, rotation=35 if len(names) > 8 else 0)
-    return picture
 
 
 def shifts(found: Mapping[str, Sequence[types.LayerShift]], theme: Theme, *, title: str, note: str) -> Picture:

@@ -9,12 +9,10 @@ from matplotlib.ticker import MaxNLocator
 
 from bathyscope import types
 from bathyscope.errors import InvalidRequest
-from bathyscope.plots._compared import TRANSFER_NOTE, numbers_of, shifts
+from bathyscope.plots._compared import NAMES, TRANSFER_NOTE, numbers_of, shifts
 from bathyscope.plots._comparison import transfer_matrix
 from bathyscope.plots._probe import ends, titled
 from bathyscope.plots._theme import DASHES, MARKERS, Theme, one_line
-
-_NAMES = {"auroc": "AUROC", "r2": "R²", "ece": "ECE", "mae": "mean abs. error"}
 
 
 def layer_curve(experiment: types.Experiment, theme: Theme) -> Picture:
@@ -35,11 +33,11 @@ def layer_curve(experiment: types.Experiment, theme: Theme) -> Picture:
         upper.plot(layers, ends(figures, "value"), color=colour, marker=marker, markersize=4, linewidth=1.6, label=name)
         errors = [_figure(one.get(below)) for one in scores]
         lower.plot(layers, ends(errors, "value"), color=colour, marker=marker, markersize=3)
-    upper.set_ylabel(_NAMES[main])
+    upper.set_ylabel(NAMES[main])
     upper.legend(loc="best")
-    titled(upper, f"{_NAMES[main]} by layer: {one_line(_name(experiment), 48)}", "bands: 95 % intervals", theme)
+    titled(upper, f"{NAMES[main]} by layer: {one_line(_name(experiment), 48)}", "bands: 95 % intervals", theme)
     lower.set_ylim(bottom=0)
-    lower.set_ylabel(_NAMES[below])
+    lower.set_ylabel(NAMES[below])
     lower.set_xlabel("layer (0: embeddings, last: after the final norm)")
     lower.xaxis.get_major_locator().set_params(integer=True)
     return picture
@@ -76,7 +74,7 @@ def transfer(experiment: types.Experiment, theme: Theme) -> Picture:
         theme,
         title=f"Transfer of probes: {one_line(_name(experiment), 44)}",
         note=TRANSFER_NOTE,
-        metric=_NAMES["r2" if any("r2" in result.held_out for result in experiment.results) else "auroc"],
+        metric=NAMES["r2" if any("r2" in result.held_out for result in experiment.results) else "auroc"],
     )
 
 
