@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -82,6 +83,7 @@ def save_as_tinker(tensors: dict[str, Any], base_model: str, folder: Path) -> No
 
 def saver(base_model: str, folder: Path, steps: int) -> Callable[[int, dict[str, Any]], None]:
     """Saves the end of a training in `folder` and what came before it in `folder/checkpoints`."""
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # of a training before, perhaps of other steps
 
     def save(step: int, tensors: dict[str, Any]) -> None:
         save_as_tinker(tensors, base_model, folder if step == steps else folder / "checkpoints" / f"step-{step}")

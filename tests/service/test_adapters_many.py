@@ -40,7 +40,7 @@ from tests.stack import Stack
 
 SEED = 64
 ADAPTERS = 64
-REQUESTS = 180
+REQUESTS = 130
 IN_FLIGHT = 24
 EXACT = 1e-5
 BOUND = 3 << 20

@@ -1,6 +1,6 @@
 """The running service against its own OpenAPI document, by schemathesis: generated requests, good and bad, and links.
 
-`BATHYSCOPE_SCHEMA_EXAMPLES` (20) is the number of generated requests of each operation and phase; a few hundred take
+`BATHYSCOPE_SCHEMA_EXAMPLES` (10) is the number of generated requests of each operation and phase; a few hundred take
 some minutes.
 """
 
@@ -19,7 +19,7 @@ import tomli_w
 
 from tests.stack import Stack, stack
 
-_EXAMPLES = os.environ.get("BATHYSCOPE_SCHEMA_EXAMPLES", "20")
+_EXAMPLES = os.environ.get("BATHYSCOPE_SCHEMA_EXAMPLES", "10")
 _HOOKS = Path(__file__).with_name("schema_hooks.py")
 
 
@@ -84,7 +84,7 @@ def test_every_answer_is_as_documented(noop: Stack, tmp_path: Path, phases: str,
     document = noop.client.get("/openapi.json").json()
     config = tmp_path / "schemathesis.toml"
     config.write_text(tomli_w.dumps(configuration(document)))
-    examples = str(4 * int(_EXAMPLES) if links else _EXAMPLES)
+    examples = str(8 * int(_EXAMPLES) if links else _EXAMPLES)
     ended = subprocess.run(
         [
             *(sys.executable, "-m", "schemathesis.cli", "--config-file", str(config)),

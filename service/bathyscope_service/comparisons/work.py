@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,7 +21,7 @@ from bathyscope_service.comparisons.variants import Asked, Named, named
 from bathyscope_service.context import Context
 from bathyscope_service.extractions.endpoints import extraction_work
 from bathyscope_service.jobs.submission import Work, webhook_of
-from bathyscope_service.probes.work import drop_parent, layers_of, submit_parent
+from bathyscope_service.probes.work import drop_parent, layers_of, rows_of, submit_parent
 
 _OPTIONS = tuple(name for name in ExtractionOptions.model_fields if name not in ("adapter", "quantization"))
 _PROBE = (
@@ -71,10 +71,7 @@ async def comparison_work(
         )
         with _moved(_pointers(variants, number)):
             works.append(await extraction_work(context, caller, data, request.state.body_bytes, repeats=True))
-    held, _ = await layers_of(context, body.model, body.layers)
-    layers = len(held) if held is not None else len(body.layers) if isinstance(body.layers, list) else 1
-    many = len(variants) or len(asked)
-    check_resamples(context, body.bootstrap, len(inputs), layers, many)
+    await check_resamples(context, body, body.bootstrap, len(inputs), len(variants) or len(asked))
     charged = 0
     parents: list[str] = []
     own: list[str] = []
@@ -149,12 +146,6 @@ def settings(body: ComparisonRequest | ProbeRequest) -> dict[str, Any]:
     return {**{name: getattr(body, name) for name in _PROBE}, "split": split}
 
 
-def rows_of(labels: Sequence[Any], groups: Sequence[Any] | None, split: Any) -> list[Any]:
-    """Label, group and place of each row; null for what is not given."""
-    each = split if isinstance(split, list) else [None] * len(labels)
-    return [list(row) for row in zip(labels, groups or [None] * len(labels), each, strict=True)]
-
-
 async def _fetch(
     context: Context,
     request: Request,
@@ -226,8 +217,10 @@ def _check_rows(body: ComparisonRequest, rows: int) -> None:
         )
 
 
-def check_resamples(context: Context, bootstrap: int, rows: int, layers: int, variants: int) -> None:
+async def check_resamples(context: Context, data: ExtractionOptions, bootstrap: int, rows: int, variants: int) -> None:
     """Refuse intervals that would take a worker many minutes: of every variant, and of the differences."""
+    held, _ = await layers_of(context, data.model, data.layers)
+    layers = len(held) if held is not None else len(data.layers) if isinstance(data.layers, list) else 1
     each, most = 2 * rows * layers * variants, context.plane.settings.limits.max_resampled
     if each * bootstrap > most:
         raise InvalidRequest(

@@ -21,13 +21,13 @@ from bathyscope_backplane.keys import ApiKey
 from bathyscope_backplane.reuse import adapter_digest, stage_digest
 from bathyscope_service.adapters.variants import BASE
 from bathyscope_service.adapters.work import adapter_work
-from bathyscope_service.comparisons.work import check_resamples, follow, rows_of, settings
+from bathyscope_service.comparisons.work import check_resamples, follow, settings
 from bathyscope_service.context import Context, Memory
 from bathyscope_service.datasets.using import probe_with_rows
 from bathyscope_service.experiments.adapter import adapter_of
 from bathyscope_service.extractions.endpoints import extraction_work
 from bathyscope_service.jobs.submission import Work, submit
-from bathyscope_service.probes.work import drop_parent, layers_of, probe_work
+from bathyscope_service.probes.work import drop_parent, probe_work, rows_of
 from bathyscope_service.problems import pointing
 from bathyscope_service.resources import resource_of
 
@@ -244,9 +244,8 @@ async def _comparison(plan: Plan, probe: ProbeRequest, rows: str, extraction: St
         return ["The differences have no intervals: whether the model is right is a label of each variant's own."]
     if probe.data.pooling == "none":
         return ["The differences have no intervals: a comparison is of one vector an input."]
-    layers, _ = await layers_of(plan.context, probe.data.model, probe.data.layers)
     try:
-        check_resamples(plan.context, probe.bootstrap, len(probe.labels), len(layers or [0]), len(names))
+        await check_resamples(plan.context, probe.data, probe.bootstrap, len(probe.labels), len(names))
     except errors.InvalidRequest as error:
         return [f"The differences have no intervals: {error.errors[0]['detail']}."]
     stage = Stage("comparison")

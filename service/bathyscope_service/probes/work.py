@@ -94,9 +94,6 @@ async def probe_work(context: Context, request: Request, caller: ApiKey, body: P
         await context.apart(request.state.body_bytes, _check_rows, body)
     spec = body.model_dump(exclude={"labels", "groups", "split", "data", "priority", "webhook"})
     labels: Sequence[Any] = body.labels if isinstance(body.labels, list) else [None] * (rows or 0)
-    groups: Sequence[Any] = body.groups or [None] * len(labels)
-    named = isinstance(body.split, str)
-    split: Sequence[Any] = [None] * len(labels) if named else body.split or [None] * len(labels)
     return (
         Work(
             kind="probe",
@@ -106,9 +103,9 @@ async def probe_work(context: Context, request: Request, caller: ApiKey, body: P
                 "extraction": extraction_id,
                 "variant": variant,
                 "labels": "correct" if body.labels == "correct" else None,
-                "split": body.split if named else None,
+                "split": body.split if isinstance(body.split, str) else None,
             },
-            rows=[list(row) for row in zip(labels, groups, split, strict=True)],
+            rows=rows_of(labels, body.groups, body.split),
             request={
                 **body.model_dump(exclude={"labels", "groups", "split", "data", "webhook"}, exclude_defaults=True),
                 "extraction": extraction_id,
@@ -123,6 +120,12 @@ async def probe_work(context: Context, request: Request, caller: ApiKey, body: P
         ),
         made_here,
     )
+
+
+def rows_of(labels: Sequence[Any], groups: Sequence[Any] | None, split: Any) -> list[Any]:
+    """Label, group and place of each row; null for what is not given, and for a split that has only a name."""
+    each = split if isinstance(split, list) else [None] * len(labels)
+    return [list(row) for row in zip(labels, groups or [None] * len(labels), each, strict=True)]
 
 
 def _data(data: ExtractionRequest, rows: int | None) -> dict[str, Any]:
