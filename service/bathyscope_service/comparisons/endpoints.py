@@ -101,7 +101,7 @@ async def create_comparison(
     if replayed and parents:
         winner = await context.plane.broker.get(job_id)
         for parent in reversed(parents):
-            if winner is not None and parent not in winner.request["jobs"]:
+            if winner is not None and parent not in winner.request.get("jobs", winner.parents):
                 await drop_parent(context, parent)
     return await answer(context, request, caller, work, job_id, replayed)
 

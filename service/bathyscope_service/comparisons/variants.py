@@ -78,9 +78,8 @@ async def named(context: Context, request: Request, caller: ApiKey, asked: list[
     most = context.plane.settings.limits.max_variants
     found = Asked()
     entry = context.plane.registry.get(model)  # before anything that points at a variant
-    runs = [run for one in asked if (run := _RUN.fullmatch(one)) is not None]
     _bounded(max(2, len(asked)), most, of_runs=False)  # each is one variant at least, and of a run Tinker is asked
-    mine = await _mine(context, caller, entry) if runs else []
+    mine = await _mine(context, caller, entry) if any(map(_RUN.fullmatch, asked)) else []
     for number, one in enumerate(asked):
         pointer = f"/variants/{number}"
         if one == BASE:
