@@ -28,7 +28,7 @@ from tests.stack import Stack, stack
 
 WHOLE = os.environ.get("BATHYSCOPE_FAULTS") == "whole"
 SERVER_NAMES = sorted(SERVERS) if WHOLE else ["valkey"]
-BLOCKS, KILLS, APART = (10, 15, 10.0) if WHOLE else (2, 6, 6.0)
+BLOCKS, KILLS, APART = (10, 15, 10.0) if WHOLE else (2, 6, 5.0)
 BOUND = 1e-5
 
 

@@ -1,6 +1,6 @@
 """Real processes, really killed in the middle of a job: the job still ends succeeded, once, with the right numbers.
 
-On the embedded Valkey and on Debian's redis-server.
+On the embedded Valkey and on Debian's redis-server, blows at the workers alone on the latter in `make faults` only.
 """
 
 from __future__ import annotations
@@ -27,6 +27,17 @@ BODY: dict[str, Any] = {"model": "smollm2", "inputs": TEXTS, "layers": [0, 15, 3
 SERVERS = {"valkey": str(find_binary())}
 if found := shutil.which("redis-server"):
     SERVERS["redis-server"] = found
+
+
+@pytest.fixture
+def of_workers(installation: Stack) -> Stack:
+    """For tests in which the server has no part of its own."""
+    if (
+        installation.valkey.binary == Path(SERVERS.get("redis-server", ""))
+        and os.environ.get("BATHYSCOPE_FAULTS") != "whole"
+    ):
+        pytest.skip("part of `make faults`")
+    return installation
 
 
 def test_debians_redis_is_there_where_it_must_be() -> None:
@@ -84,28 +95,28 @@ def check(running: Stack, job_id: str, before: int) -> dict[str, Any]:
     return job
 
 
-def test_the_engine_is_killed(installation: Stack) -> None:
-    before = ended(installation)
-    job_id = submit(installation)
-    until_halfway(installation, job_id)
-    [engine] = installation.engines()
+def test_the_engine_is_killed(of_workers: Stack) -> None:
+    before = ended(of_workers)
+    job_id = submit(of_workers)
+    until_halfway(of_workers, job_id)
+    [engine] = of_workers.engines()
     os.kill(engine, signal.SIGKILL)
-    job = check(installation, job_id, before)
+    job = check(of_workers, job_id, before)
     assert job["attempt"] == 2
 
 
-def test_the_supervisor_is_killed(installation: Stack) -> None:
-    before = ended(installation)
-    job_id = submit(installation)
-    until_halfway(installation, job_id)
-    engines = installation.engines()
-    installation.kill("worker0")
+def test_the_supervisor_is_killed(of_workers: Stack) -> None:
+    before = ended(of_workers)
+    job_id = submit(of_workers)
+    until_halfway(of_workers, job_id)
+    engines = of_workers.engines()
+    of_workers.kill("worker0")
     deadline = time.monotonic() + 10
     while any(Path(f"/proc/{engine}").exists() for engine in engines) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not any(Path(f"/proc/{engine}").exists() for engine in engines)
-    installation.start("worker0", "worker")
-    check(installation, job_id, before)
+    of_workers.start("worker0", "worker")
+    check(of_workers, job_id, before)
 
 
 def test_the_service_is_killed(installation: Stack) -> None:
@@ -144,19 +155,19 @@ def test_the_queue_is_out_of_reach_and_says_so(installation: Stack) -> None:
     installation.wait_ready()
 
 
-def test_a_drained_worker_hands_its_job_over(installation: Stack) -> None:
-    before = ended(installation)
-    job_id = submit(installation)
-    until_halfway(installation, job_id)
-    worker = installation.processes["worker0"]
+def test_a_drained_worker_hands_its_job_over(of_workers: Stack) -> None:
+    before = ended(of_workers)
+    job_id = submit(of_workers)
+    until_halfway(of_workers, job_id)
+    worker = of_workers.processes["worker0"]
     worker.terminate()
     time.sleep(0.5)
     worker.terminate()  # a second one hurries
     assert worker.wait(30) == 0
-    job = installation.client.get(f"/v1/jobs/{job_id}").json()
+    job = of_workers.client.get(f"/v1/jobs/{job_id}").json()
     assert (job["status"], job["attempt"]) == ("queued", 0)
-    installation.start("worker0", "worker")
-    assert check(installation, job_id, before)["attempt"] == 1
+    of_workers.start("worker0", "worker")
+    assert check(of_workers, job_id, before)["attempt"] == 1
 
 
 def test_results_outlive_everything(installation: Stack) -> None:
