@@ -19,7 +19,8 @@ _Step = tuple[bool, int, str, int]
 
 def steps(comparison: types.Comparison, theme: Theme) -> Picture:
     """The checkpoints in their order, a line a run: the held-out AUROC (R² of a regression) with its interval, and
-    below it the layer that moved most from the first variant. Variants that are no checkpoints are horizontal lines."""
+    below it the layer that moved most from the first variant. Variants that are no checkpoints are horizontal lines,
+    the first of them with its interval."""
     report = report_of(comparison)
     if comparison.compares != "checkpoints":
         raise InvalidRequest("There are no steps in a comparison without checkpoints of a Tinker run.")
@@ -38,7 +39,7 @@ def steps(comparison: types.Comparison, theme: Theme) -> Picture:
         style = {"color": theme.faint, "linewidth": 1.2, "linestyle": DASHES[1 + number % (len(DASHES) - 1)]}
         if figure is not None and figure.value is not None:
             upper.axhline(figure.value, label=one_line(report.variants[place].name, 20), **style)
-            if figure.low is not None and figure.high is not None:
+            if number == 0 and figure.low is not None and figure.high is not None:  # more bands would hide each other
                 upper.axhspan(figure.low, figure.high, color=theme.faint, alpha=0.12, linewidth=0)
         if place:  # from itself the first has not moved
             lower.axhline(moved[place], **style)
