@@ -235,10 +235,13 @@ def test_cancelled_its_stages_are_too(running: Stack) -> None:
 
 def test_the_same_key_makes_one_experiment(running: Stack) -> None:
     config = SMALL | {"experiment": {"seed": 5}}
-    first = running.post("/v1/experiments", config, **{"Idempotency-Key": "once"}).json()
+    first = running.post("/v1/experiments", config, wait=0, **{"Idempotency-Key": "once"}).json()
+    queued = [job["id"] for job in running.client.get("/v1/jobs?limit=200").json()["data"]]
     second = running.post("/v1/experiments", config, **{"Idempotency-Key": "once"})
     assert second.json()["id"] == first["id"]
     assert second.headers["idempotent-replayed"] == "true"
+    assert [job["id"] for job in running.client.get("/v1/jobs?limit=200").json()["data"]] == queued
+    assert running.job(first["id"])["status"] == "succeeded"
 
 
 @pytest.mark.parametrize(

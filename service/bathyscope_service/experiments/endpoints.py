@@ -16,7 +16,7 @@ from bathyscope_service.bodies import invalid, read_bounded
 from bathyscope_service.context import Caller, Ctx, Held, Memory, context_of
 from bathyscope_service.experiments import reading
 from bathyscope_service.experiments.stages import experiment_work
-from bathyscope_service.jobs.submission import answer, submit
+from bathyscope_service.jobs.submission import answer, answer_again, earlier, submit
 from bathyscope_service.problems import responses
 from bathyscope_service.resources import resource_list, resource_of, resource_response
 
@@ -78,6 +78,8 @@ async def create_experiment(request: Request, context: Ctx, caller: Caller, memo
     again.
     """
     config = await _read(request, memory)
+    if (first := await earlier(context, request, caller)) is not None:
+        return await answer_again(context, request, caller, first)
     work, plan = await experiment_work(context, request, caller, memory, config)
     try:
         job_id, replayed = await submit(context, request, caller, work)
