@@ -110,11 +110,14 @@ class Stack:
         return ended.stderr
 
     def up(self, *, workers: int = 1, seconds: float = 120) -> Stack:
-        """Start everything and wait until it is ready."""
+        """Start everything and wait until it is ready; without workers, until the service answers."""
         self.start("service", "service")
         for number in range(workers):
             self.start(f"worker{number}", "worker", BATHYSCOPE_WORKER__NAME=f"worker{number}")
-        self.wait_ready(seconds)
+        if workers:
+            self.wait_ready(seconds)
+        else:
+            self.wait_alive()
         return self
 
     def wait_ready(self, seconds: float = 120) -> None:

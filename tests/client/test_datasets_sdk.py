@@ -28,19 +28,14 @@ from bathyscope.datasets import (
     capitals,
 )
 from tests.hub_folder import SUBJECTS, write_hub
-from tests.stack import Stack
+from tests.stack import Stack, stack
 
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory, models: str) -> Iterator[Stack]:
     """A service without a worker."""
-    made = Stack(tmp_path_factory.mktemp("sdk"), models=models)
-    try:
-        made.start("service", "service")
-        made.wait_alive()
+    with stack(tmp_path_factory.mktemp("sdk"), workers=0, models=models) as made:
         yield made
-    finally:
-        made.down()
 
 
 @pytest.fixture

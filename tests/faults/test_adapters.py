@@ -28,8 +28,9 @@ from bathyscope_workers.adapters.conversion import convert
 from bathyscope_workers.adapters.skeleton import Skeleton
 from bathyscope_workers.adapters.source import SourceAdapter
 from bathyscope_workers.adapters.unpacking import unpack
+from tests.faults import WHOLE
 from tests.faults.test_chaos import family
-from tests.files import paths_below
+from tests.files import matching, paths_below
 from tests.service.test_adapters import files, traces, upload
 from tests.service.test_adapters_hostile import on_shelf
 from tests.service.test_adapters_live import RANK, TEXTS, archive, assert_equal, merged
@@ -37,7 +38,6 @@ from tests.service.test_extractions import npy
 from tests.stack import Stack
 from tests.tinker_standin import KEY, Fault, Standin
 
-WHOLE = os.environ.get("BATHYSCOPE_FAULTS") == "whole"
 WORKER = "worker0"
 
 FETCHING = ("download", "unpack", "convert")
@@ -134,7 +134,7 @@ def held(running: Stack, tinker: Standin, step: str) -> Iterator[Any]:
 
     def arrived() -> bool:
         if step == "download":
-            return bool(paths_below(running.data_dir / "scratch", "*/job_*/files/adapter_model.safetensors"))
+            return bool(matching(running.data_dir / "scratch", "*/job_*/files/adapter_model.safetensors"))
         return reached.exists()
 
     def wait(job_id: str) -> None:

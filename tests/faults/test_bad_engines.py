@@ -11,12 +11,13 @@ from typing import Any
 
 import pytest
 
+from tests.faults import WHOLE
 from tests.stack import Stack, stack
 
 HANG_SECONDS = 12
 """Long enough for the first job of a new engine on a busy machine."""
 
-whole = pytest.mark.skipif(os.environ.get("BATHYSCOPE_FAULTS") != "whole", reason="part of `make faults`")
+whole = pytest.mark.skipif(not WHOLE, reason="part of `make faults`")
 
 
 @pytest.fixture(scope="module")

@@ -20,13 +20,13 @@ import redis
 from bathyscope_backplane.artifacts import Resource, sweep
 from bathyscope_backplane.plane import open_backplane
 from bathyscope_backplane.settings import Settings
+from tests.faults import WHOLE
 from tests.faults.chaos import HANG_SECONDS, LEASE_SECONDS, Chaos, plan
 from tests.faults.test_kills import SERVERS
 from tests.faults.work import BLOCK, Run, work
-from tests.files import paths_below
+from tests.files import matching
 from tests.stack import Stack, stack
 
-WHOLE = os.environ.get("BATHYSCOPE_FAULTS") == "whole"
 SERVER_NAMES = sorted(SERVERS) if WHOLE else ["valkey"]
 BLOCKS, KILLS, APART = (10, 15, 10.0) if WHOLE else (2, 6, 5.0)
 BOUND = 1e-5
@@ -125,7 +125,7 @@ def nothing_is_left(running: Stack) -> None:
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         folders = {path.name for path in scratch.iterdir() if path.is_dir()}
-        files = paths_below(scratch, "*/*")
+        files = matching(scratch, "*/*")
         if folders == workers and not files:
             break
         time.sleep(0.2)

@@ -17,7 +17,8 @@ import numpy as np
 import pytest
 
 from bathyscope_backplane.embedded import find_binary
-from tests.files import paths_below
+from tests.faults import WHOLE
+from tests.files import matching
 from tests.service.test_extractions import assert_close, npy
 from tests.stack import Stack, stack
 
@@ -32,10 +33,7 @@ if found := shutil.which("redis-server"):
 @pytest.fixture
 def of_workers(installation: Stack) -> Stack:
     """For tests in which the server has no part of its own."""
-    if (
-        installation.valkey.binary == Path(SERVERS.get("redis-server", ""))
-        and os.environ.get("BATHYSCOPE_FAULTS") != "whole"
-    ):
+    if installation.valkey.binary == Path(SERVERS.get("redis-server", "")) and not WHOLE:
         pytest.skip("part of `make faults`")
     return installation
 
@@ -91,7 +89,7 @@ def check(running: Stack, job_id: str, before: int) -> dict[str, Any]:
     assert_close(npy(running, extraction), running.expected)  # type: ignore[attr-defined]
     blobs = running.data_dir / "artifacts" / "blobs" / extraction["id"]
     assert len(list(blobs.iterdir())) == 1
-    assert not paths_below(running.data_dir / "scratch", "*/job_*")
+    assert not matching(running.data_dir / "scratch", "*/job_*")
     return job
 
 

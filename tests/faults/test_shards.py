@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load
 
-from tests.files import paths_below
+from tests.files import matching
 from tests.service.test_shards import ask_redis, left, only_records_left, shards, until
 from tests.stack import Stack, stack
 
@@ -172,7 +172,7 @@ def check(running: Stack, job_id: str) -> dict[str, Any]:
     assert error.max() <= 1e-5
     assert len(left(running, f"blobs/{extraction['id']}")) == 1
     until(lambda: not left(running, "shards") and not left(running, "inputs"))
-    until(lambda: not paths_below(running.data_dir / "scratch", "*/job_*"))
+    until(lambda: not matching(running.data_dir / "scratch", "*/job_*"))
     assert (job["progress"]["done"], job["progress"]["total"]) == (len(TEXTS), len(TEXTS))
     assert ask_redis(running, "HGETALL", "{bathyscope}:shards_running") in ({}, [])
     return job
@@ -244,7 +244,7 @@ def nothing_left(running: Stack, job_id: str) -> None:
     """On disk nothing, in Redis its own records, which lapse."""
     until(lambda: {shard["state"] for shard in shards(running, job_id)} == {"ended"})
     until(lambda: not left(running, "shards") and not left(running, "inputs"))
-    until(lambda: not paths_below(running.data_dir / "scratch", "*/job_*"))
+    until(lambda: not matching(running.data_dir / "scratch", "*/job_*"))
     resource = ask_redis(running, "HGET", "{bathyscope}:job:" + job_id, "resource_id")
     assert resource
     assert not left(running, f"blobs/{resource}")

@@ -15,7 +15,7 @@ import pytest
 import redis
 from moto.server import ThreadedMotoServer
 
-from tests.files import paths_below
+from tests.files import matching
 from tests.service.test_extractions import assert_close, npy
 from tests.stack import Stack, free_port
 
@@ -212,7 +212,7 @@ def test_one_load_on_two_hosts_of_which_one_is_cut_off(
             "extraction|succeeded": str(JOBS + 1)
         }
         assert int(ends["|lease_lapsed"]) >= 1
-        assert not paths_below(installation.data_dir / "far" / "scratch", "*/job_*")
+        assert not matching(installation.data_dir / "far" / "scratch", "*/job_*")
 
         more = [installation.client.post("/v1/extractions", json=BODY).json()["id"] for _ in range(8)]
         until(lambda: holders(server, more) == set(HOSTS), installation)  # both work again

@@ -17,7 +17,7 @@ import redis
 
 from bathyscope_backplane.broker import Broker, BrokerLimits, NewJob, connect
 from bathyscope_backplane.ids import new_id
-from tests.files import contents_below, paths_below
+from tests.files import contents_below, matching
 from tests.service.test_keys import make_key
 from tests.stack import Stack, stack
 
@@ -83,7 +83,7 @@ def artifacts(running: Stack) -> dict[str, bytes]:
 
 
 def scratch(running: Stack, worker: str) -> list[Path]:
-    return paths_below(running.data_dir / "scratch", f"{worker}-*/*")
+    return matching(running.data_dir / "scratch", f"{worker}-*/*")
 
 
 def test_a_woken_supervisor_publishes_nothing(two: Stack) -> None:
@@ -168,13 +168,8 @@ def test_the_dead_leave_neither_engines_nor_scratch(two: Stack) -> None:
 @pytest.fixture
 def one_by_one(tmp_path: Path, models: str) -> Iterator[Stack]:
     """A service without a worker; `start("worker", "worker")` brings one that does one job at a time, in no time."""
-    made = Stack(tmp_path, models=models, noop=True, worker__concurrent_jobs=1, jobs__aging_seconds=1)
-    try:
-        made.start("service", "service")
-        made.wait_alive()
+    with stack(tmp_path, workers=0, models=models, noop=True, worker__concurrent_jobs=1, jobs__aging_seconds=1) as made:
         yield made
-    finally:
-        made.down()
 
 
 async def queue_more(running: Stack, like: str, number: int) -> None:

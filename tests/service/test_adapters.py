@@ -22,7 +22,7 @@ from typing import Any
 import httpx2
 import pytest
 
-from tests.files import paths_below
+from tests.files import matching, paths_below
 from tests.service.test_keys import as_user, make_key
 from tests.service.test_manners import problem
 from tests.stack import Stack, stack
@@ -68,8 +68,8 @@ def added(client: httpx2.Client, content: bytes, **fields: str) -> dict[str, Any
 def traces(stack: Stack) -> list[str]:
     """What lies in data folder and store that belongs to no adapter."""
     store = stack.data_dir / "artifacts"
-    there = [*paths_below(stack.data_dir / "uploads", "*"), *paths_below(store / "inputs", "*")]
-    there += paths_below(stack.data_dir / "scratch", "*/job_*")
+    there = [*matching(stack.data_dir / "uploads", "*"), *matching(store / "inputs", "*")]
+    there += matching(stack.data_dir / "scratch", "*/job_*")
     return [str(path) for path in there]
 
 

@@ -177,8 +177,7 @@ def test_the_log_holds_no_contents(audited: Stack, keys: dict[str, str], boss: h
 def test_neither_a_flood_nor_a_lost_redis_slows_or_fails_a_request(tmp_path_factory: pytest.TempPathFactory) -> None:
     made = Stack(tmp_path_factory.mktemp("away"), log_level="error", audit_entries=100)
     try:
-        made.start("service", "service")
-        made.wait_alive()
+        made.up(workers=0)
         anna, boss_key = make_key(made, "anna"), make_key(made, "boss", "--scope", "admin")
         with as_user(made, anna) as client, as_user(made, None) as nobody, as_user(made, boss_key) as boss:
             client.delete("/v1/extractions/none")

@@ -10,7 +10,7 @@ import pytest
 from redis import Redis
 
 from tests.service.test_manners import problem
-from tests.stack import Stack
+from tests.stack import Stack, stack
 from tests.tinker_standin import KEY, Standin
 
 ROWS = {
@@ -30,19 +30,15 @@ def standin() -> Iterator[Standin]:
 def idle(tmp_path_factory: pytest.TempPathFactory, models: str, standin: Standin) -> Iterator[Stack]:
     """A service, and no worker."""
     tiny = dict(pair.split("=") for pair in models.split(","))["tiny"]
-    made = Stack(
+    with stack(
         tmp_path_factory.mktemp("queued"),
+        workers=0,
         models=f"org/tiny={tiny}",
         adapters__tinker_url=standin.url,
         adapters__tinker_api_key=KEY,
         limits__inline_payload_bytes=1024,
-    )
-    try:
-        made.start("service", "service")
-        made.wait_alive()
+    ) as made:
         yield made
-    finally:
-        made.down()
 
 
 def jobs(idle: Stack) -> dict[str, dict[str, Any]]:

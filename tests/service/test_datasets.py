@@ -18,7 +18,7 @@ from pyarrow import parquet
 from tests.files import paths_below
 from tests.service.test_keys import as_user, make_key
 from tests.service.test_manners import problem
-from tests.stack import Stack
+from tests.stack import Stack, stack
 
 ROWS = [{"input": f"text {at}", "label": at % 2 == 0, "group": f"g{at // 4}", "split": "train"} for at in range(2500)]
 
@@ -48,13 +48,8 @@ def files(stack: Stack) -> set[Path]:
 @pytest.fixture(scope="module")
 def keyed(tmp_path_factory: pytest.TempPathFactory, models: str) -> Iterator[Stack]:
     """A service with keys, and no worker."""
-    made = Stack(tmp_path_factory.mktemp("datasets"), models=models)
-    try:
-        made.start("service", "service")
-        made.wait_alive()
+    with stack(tmp_path_factory.mktemp("datasets"), workers=0, models=models) as made:
         yield made
-    finally:
-        made.down()
 
 
 @pytest.fixture(scope="module")

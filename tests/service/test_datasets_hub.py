@@ -78,8 +78,7 @@ def test_what_the_hub_has_not(alone: Stack, hub: DatasetHub, dataset: dict[str, 
 def test_what_is_kept_stays_within_its_bound(tmp_path: Path, models: str, hub: DatasetHub) -> None:
     made = Stack(tmp_path, models=models, datasets__hub_url=hub.url, datasets__cache_bytes=2000)
     try:
-        made.start("service", "service")
-        made.wait_alive()
+        made.up(workers=0)
         for dataset in ({"name": "gsm8k"}, {"name": "gsm8k", "split": "train"}, {"name": "truthful_qa"}):
             answer = ask(made, **dataset)
             assert answer.status_code == 202, answer.text

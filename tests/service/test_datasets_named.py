@@ -234,8 +234,7 @@ def test_a_hub_out_of_reach(tmp_path: Path, models: str, answers: bool) -> None:
         url = f"http://127.0.0.1:{listening.getsockname()[1]}"
         made = Stack(tmp_path, models=models, datasets__hub_url=url, datasets__seconds=8 if answers else 50)
         try:
-            made.start("service", "service")
-            made.wait_alive()
+            made.up(workers=0)
             body = {"model": "tiny", "dataset": {"name": "mmlu"}}
             found = problem(made.client.post("/v1/extractions", json=body), 502, "dataset-out-of-reach")
             assert "upload" in found["detail"]

@@ -22,7 +22,7 @@ from bathyscope_backplane.ids import new_id
 from bathyscope_backplane.settings import Settings
 from tests.files import contents_below
 from tests.service.test_manners import problem
-from tests.stack import Stack
+from tests.stack import Stack, stack
 
 
 def run_keys(stack: Stack, *words: str, fails: bool = False) -> str:
@@ -49,13 +49,8 @@ def make_key(stack: Stack, name: str, *options: str) -> str:
 @pytest.fixture(scope="module")
 def keyed(tmp_path_factory: pytest.TempPathFactory, models: str) -> Iterator[Stack]:
     """A service with keys, and no worker: jobs stay queued."""
-    made = Stack(tmp_path_factory.mktemp("keyed"), models=models)
-    try:
-        made.start("service", "service")
-        made.wait_alive()
+    with stack(tmp_path_factory.mktemp("keyed"), workers=0, models=models) as made:
         yield made
-    finally:
-        made.down()
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import httpx2
 import pytest
 
-from tests.files import paths_below
+from tests.files import matching
 from tests.stack import Stack
 
 
@@ -247,7 +247,7 @@ def test_cancel_a_running_job_and_again_and_a_finished_one(live: Stack) -> None:
     assert live.client.post(f"/v1/jobs/{job['id']}/cancel").status_code == 200
     done = live.post("/v1/extractions", {"model": "tiny", "inputs": ["a"], "layers": [0]}).json()
     problem(live.client.post(f"/v1/jobs/{done['id']}/cancel"), 409, "state-conflict")
-    assert not paths_below(live.data_dir / "scratch", "*/job_*")
+    assert not matching(live.data_dir / "scratch", "*/job_*")
 
 
 def test_events_tell_of_progress_and_end(live: Stack) -> None:

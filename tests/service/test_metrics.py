@@ -223,8 +223,7 @@ def test_every_metric_of_the_example_alerts_and_of_the_manual_exists(
 def test_without_redis_the_rest_is_served_to_who_was_known(tmp_path: Path, models: str) -> None:
     made = Stack(tmp_path, models=models)
     try:
-        made.start("service", "service")
-        made.wait_alive()
+        made.up(workers=0)
         key = make_key(made, "prometheus", "--scope", "metrics")
         late = make_key(made, "late", "--scope", "metrics")
         headers = {"Authorization": f"Bearer {key}"}
@@ -252,8 +251,7 @@ def test_without_redis_the_rest_is_served_to_who_was_known(tmp_path: Path, model
 def test_a_bound_of_redis_is_told(tmp_path: Path, models: str) -> None:
     made = Stack(tmp_path, models=models)
     try:
-        made.start("service", "service")
-        made.wait_alive()
+        made.up(workers=0)
         assert "bathyscope_redis_memory_max_bytes" not in metrics(made)
         with Redis.from_url(made.environment["BATHYSCOPE_REDIS_URL"]) as redis:
             redis.config_set("maxmemory", "512mb")

@@ -230,8 +230,7 @@ def test_of_a_question_the_prompt_is_predicted_on(live: Stack, probe: dict[str, 
 def test_a_refused_probe_leaves_no_idempotency_key(tmp_path: Path, models: str) -> None:
     made = Stack(tmp_path, models=models, limits__key_jobs=2)
     try:
-        made.start("service", "service")
-        made.wait_alive()
+        made.up(workers=0)
         other = made.post("/v1/extractions", {"model": "tiny", "inputs": ["a"]}, wait=0).json()
         body = {"data": {"model": "tiny", "inputs": ["a", "b", "c", "d"]}, "labels": [0, 1, 0, 1], "folds": 2}
         key = {"Idempotency-Key": "again"}

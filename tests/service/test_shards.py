@@ -19,7 +19,7 @@ from safetensors.numpy import load
 
 from bathyscope_backplane.settings import JobSettings
 from bathyscope_service.jobs.sharding import split
-from tests.files import paths_below
+from tests.files import matching, paths_below
 from tests.service.test_keys import make_key
 from tests.stack import Stack, stack
 
@@ -168,7 +168,7 @@ def test_the_result_is_that_of_an_unsplit_job(two: Stack, pooling: str) -> None:
     assert np.array_equal(part, found["hidden_states"][rows, 1:])
     assert not left(two, "shards")
     assert not left(two, "inputs")
-    assert not paths_below(two.data_dir / "scratch", "*/job_*")
+    assert not matching(two.data_dir / "scratch", "*/job_*")
 
 
 def test_scores_of_choices(two: Stack) -> None:

@@ -25,7 +25,7 @@ from bathyscope_backplane.settings import Settings
 from bathyscope_backplane.vault import Vault
 from tests.service.receiver import Delivery, Receiver, receiver
 from tests.service.test_manners import problem
-from tests.stack import Stack, free_port
+from tests.stack import Stack, free_port, stack
 
 BODY = {"model": "tiny", "inputs": ["a"], "layers": [0]}
 QUICK = {
@@ -62,13 +62,8 @@ def keyed(tmp_path_factory: pytest.TempPathFactory, models: str) -> Iterator[Sta
 
 
 def alone(folder: Path, **settings: Any) -> Iterator[Stack]:
-    made = Stack(folder, **settings)
-    try:
-        made.start("service", "service")
-        made.wait_alive()
+    with stack(folder, workers=0, **settings) as made:
         yield made
-    finally:
-        made.down()
 
 
 @pytest.fixture
@@ -259,8 +254,7 @@ def test_a_front_end_that_is_stopped_gives_back_what_it_cannot_end(
         target.wait_for(1)
         patient.processes["service"].terminate()
         assert patient.processes["service"].wait(60) is not None
-        patient.start("service", "service")
-        patient.wait_alive()
+        patient.up(workers=0)
         target.wait_for(2)
         webhook = settled(patient.client, job_id)
         assert (webhook["state"], webhook["attempts"]) == ("delivered", 1)

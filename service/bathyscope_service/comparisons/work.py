@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -56,7 +55,7 @@ async def comparison_work(
         # The base stands for what is still to be fetched, until all else is checked.
         adapters = [one.adapter or BASE for one in found.variants]
         # Part of the name: a run may have changed when a request comes again that did not get as far as its own job.
-        read = hashlib.sha256("\n".join(str(one.source or one.adapter) for one in found.variants).encode()).hexdigest()
+        read = " ".join(str(one.source or one.adapter) for one in found.variants)
         asked: list[tuple[str, Any, Any]] = [(f"data {read}", adapters, body.quantization)]
     else:
         asked = [(f"data {one}", body.adapter, one) for one in body.quantizations or ()]
@@ -74,13 +73,12 @@ async def comparison_work(
     await check_resamples(context, body, body.bootstrap, len(inputs), len(variants) or len(asked))
     charged = 0
     parents: list[str] = []
-    own: list[str] = []
+    pending = [one for one in variants if one.adapter is None]
     made_here: list[str] = []
     extractions: list[str | None] = []
     try:
-        if pending := [one for one in variants if one.adapter is None]:
+        if pending:
             await _fetch(context, request, caller, body, pending, made_here)
-            own += [str(one.adapter) for one in pending]
             follow(works[0], [str(one.adapter) for one in variants])
         for (part, _, _), work in zip(asked, works, strict=True):
             charged, work.inputs = charged + work.inputs, 0  # with the comparison's own job, which may still be refused
@@ -125,7 +123,7 @@ async def comparison_work(
                 **body.model_dump(exclude={"inputs", "labels", "groups", "split", "webhook"}, exclude_defaults=True),
                 "inputs": len(inputs),
                 "labels": len(body.labels or []),
-                "jobs": [*own, *parents],
+                "jobs": [*(one.adapter for one in pending), *parents],
                 **({"compared": [one.name for one in variants]} if found.runs else {}),
                 **({"notices": found.notices} if found.notices else {}),
             },

@@ -67,8 +67,7 @@ async def cancel_job(job_id: str, context: Ctx, caller: Caller) -> Response:
     """A queued job ends at once, a running one at its next batch, and so do those that were queued for it alone. A
     finished one is a conflict.
     """
-    await job_of(context, caller, job_id)
-    outcome = await cancel(context, job_id)
+    outcome = await cancel(context, await job_of(context, caller, job_id))
     record = await job_of(context, caller, job_id)
     if outcome == "finished":
         raise errors.StateConflict(f"The job has already ended: it is {record.status}.")

@@ -186,18 +186,19 @@ async def earlier(context: Context, request: Request, caller: ApiKey) -> str | N
     return await context.plane.broker.first_of(idempotency) if idempotency is not None else None
 
 
-async def cancel(context: Context, job_id: str) -> Cancelled:
+async def cancel(context: Context, record: JobRecord) -> Cancelled:
     """Cancel a job and what was queued for it alone (`request.jobs`), the last first."""
     broker = context.plane.broker
-    record, payload = await broker.get(job_id), await broker.payload(job_id)
-    outcome = await broker.cancel(job_id)
-    if record is None or outcome == "finished":
+    payload = await broker.payload(record.id)
+    outcome = await broker.cancel(record.id)
+    if outcome == "finished":
         return outcome
     if outcome == "cancelled" and payload is not None:  # no worker has it, which would clear up
         await discard(context, record, payload)
     for own in reversed(record.request.get("jobs", [])):
         with contextlib.suppress(Unavailable):  # this one is cancelled by now, whatever becomes of the others
-            await cancel(context, own)
+            if (found := await broker.get(own)) is not None:
+                await cancel(context, found)
     return outcome
 
 

@@ -25,7 +25,7 @@ from bathyscope_service.adapters.variants import chosen, place_of
 from bathyscope_service.context import Context
 from bathyscope_service.extractions.checks import resolve_layers
 from bathyscope_service.extractions.endpoints import extraction_work
-from bathyscope_service.jobs.submission import Work, submit, webhook_of
+from bathyscope_service.jobs.submission import Work, cancel, submit, webhook_of
 from bathyscope_service.jobs.views import job_of
 from bathyscope_service.problems import pointing
 from bathyscope_service.resources import resource_of
@@ -164,8 +164,9 @@ async def submit_parent(
 async def drop_parent(context: Context, job_id: str) -> None:
     """End the extraction of a probe that was not made, and its Idempotency-Key with it."""
     with contextlib.suppress(Unavailable, StateConflict):
-        await context.plane.broker.cancel(job_id)
-        await context.plane.broker.forget(job_id)
+        if (record := await context.plane.broker.get(job_id)) is not None:
+            await cancel(context, record)
+            await context.plane.broker.forget(job_id)
 
 
 async def layers_of(context: Context, model: str, asked: list[int] | str) -> tuple[list[int] | None, int | None]:
