@@ -117,6 +117,28 @@ def test_a_value_that_is_none_is_refused_and_not_repeated(noting: Stack, value: 
     assert len(noting.client.get("/v1/jobs").json()["data"]) == before
 
 
+_ROWS = {"inputs": [f"text {number}" for number in range(8)], "labels": [0, 1] * 4, "folds": 2, "bootstrap": 0}
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/extractions", {"model": "tiny", "inputs": ["x"]}),
+        ("/v1/comparisons", {"model": "tiny", "quantizations": ["none", "8bit"], **_ROWS}),
+        ("/v1/experiments", {"model": {"name": "tiny"}, "dataset": {"name": "arithmetic", "limit": 40}}),
+    ],
+)
+def test_it_is_refused_too_where_the_idempotency_key_is_known(noting: Stack, path: str, body: dict[str, Any]) -> None:
+    first = noting.post(path, body, wait=0, **{"Idempotency-Key": "known"})
+    assert first.status_code == 202, first.text
+    again = noting.post(path, body, wait=0, **{"Idempotency-Key": "known", "X-HF-Token": "with space"})
+    problem(again, 422, "invalid-request")
+    assert "X-HF-Token" in again.json()["detail"]
+    fine = noting.post(path, body, wait=0, **{"Idempotency-Key": "known", "X-HF-Token": HUB})
+    assert fine.json()["id"] == first.json()["id"]
+    noting.client.post(f"/v1/jobs/{first.json()['id']}/cancel")
+
+
 def test_a_worker_with_another_master_key_says_which_setting(tmp_path: Path, models: str) -> None:
     made = Stack(tmp_path, models=models, jobs__max_attempts=1)
     other = "AAECAwQFBgcICQoLDA0ODxAREhMUFRYXGBkaGxwdHh8="

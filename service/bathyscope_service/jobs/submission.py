@@ -181,7 +181,12 @@ async def _drop(context: Context, key: str | None) -> None:
 
 
 async def earlier(context: Context, request: Request, caller: ApiKey) -> str | None:
-    """The job that an earlier request with this one's Idempotency-Key made. Raises `IdempotencyMismatch`."""
+    """The job that an earlier request with this one's Idempotency-Key made.
+
+    Raises `IdempotencyMismatch`, and `InvalidRequest` where the credentials are none: what a first request is refused
+    for, its repetition is too.
+    """
+    credentials_of(request)
     idempotency = idempotency_of(request, caller)
     return await context.plane.broker.first_of(idempotency) if idempotency is not None else None
 
