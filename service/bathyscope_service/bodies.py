@@ -64,31 +64,41 @@ def json_body(model: type[Body]) -> Callable[[Request, Memory], Awaitable[Body]]
 
 def parse(model: type[Body], data: bytes, limits: Limits) -> tuple[Body, str]:
     """The body that the JSON says, and the digest of its content. Raises 400, 413 and 422 problems."""
-    _refuse_values(data, limits.max_values)
-    try:
-        content = from_json(data, allow_inf_nan=False)
-    except ValueError as error:
-        if "recursion limit" in str(error):
-            raise MalformedBody(f"The body is nested more than {MAX_DEPTH} deep.", limit=MAX_DEPTH) from None
-        _refuse_constants(data)
-        raise MalformedBody(f"The body is not valid JSON: {error}.") from None
+    content = content_of(data, limits)
     if isinstance(content, dict):
         nested = content.get("data")
         for holder in (content, nested if isinstance(nested, dict) else {}):
             if isinstance(rows := holder.get("inputs"), list):
                 refuse_rows(len(rows), limits.max_rows)
+    digest = digest_of(content)
     try:
-        digest = hashlib.sha256(orjson.dumps(content, option=orjson.OPT_SORT_KEYS)).hexdigest()
+        return model.model_validate(content), digest
+    except ValidationError as error:
+        raise invalid(model, error, content) from None
+
+
+def content_of(data: bytes, limits: Limits) -> Any:
+    """What the JSON says. Raises 400, 413 and 422 problems."""
+    _refuse_values(data, limits.max_values)
+    try:
+        return from_json(data, allow_inf_nan=False)
+    except ValueError as error:
+        if "recursion limit" in str(error):
+            raise MalformedBody(f"The body is nested more than {MAX_DEPTH} deep.", limit=MAX_DEPTH) from None
+        _refuse_constants(data)
+        raise MalformedBody(f"The body is not valid JSON: {error}.") from None
+
+
+def digest_of(content: Any) -> str:
+    """The SHA-256 of what JSON or YAML said, in hex, whatever the order of its keys. Raises `InvalidRequest`."""
+    try:
+        return hashlib.sha256(orjson.dumps(content, option=orjson.OPT_SORT_KEYS)).hexdigest()
     except TypeError:  # of what JSON can say, orjson refuses only this
         detail = "a whole number has 64 bits at most"
         raise InvalidRequest(
             "A number of the request is too large.",
             errors=[FieldError(pointer=pointer(next(_ways(content, _wide), ())), detail=detail)],
         ) from None
-    try:
-        return model.model_validate(content), digest
-    except ValidationError as error:
-        raise invalid(model, error, content) from None
 
 
 def _refuse_values(data: bytes, limit: int) -> None:

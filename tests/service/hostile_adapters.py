@@ -421,6 +421,12 @@ HOSTILE: dict[str, Case] = {
     "alpha beyond floats": config(
         "finite number|less than or equal", lambda: configured('{..., "alpha_pattern": {"q_proj": 1e999}}')
     ),
+    "half a character in a value": config("one half", lambda: configured('{..., "auto_map": {"A": "\\ud800"}}')),
+    "half a character in a pattern": config("one half", lambda: configured('{..., "rank_pattern": {"\\udfff": 4}}')),
+    "half a character in a field": config("one half", lambda: configured('{..., "\\udc00": 4}')),
+    "a rank of 40 digits": config(
+        "less than or equal to", lambda: configured('{..., "rank_pattern": {"q_proj": ' + "9" * 40 + "}}")
+    ),
     "alpha zero": config("greater than 0", lambda: saying(lora_alpha=0), "lora_alpha"),
     "code of its own": unsupported("asks for auto_map", lambda: saying(auto_map={"A": "evil--m.C"}), "auto_map"),
     "a parent class of its own": unsupported("asks for custom_", lambda: saying(custom_module="os.system")),

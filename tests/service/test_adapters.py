@@ -209,25 +209,29 @@ def multipart(*parts: tuple[str, bytes], end: bool = True) -> bytes:
 
 FILE = ('form-data; name="file"; filename="a.tar"', b"content")
 TYPE = {"Content-Type": f"multipart/form-data; boundary={BOUNDARY}"}
+WRONG = (422, "invalid-request")
 
 
 @pytest.mark.parametrize(
     ("body", "status", "slug", "pointer"),
     [
-        (multipart(FILE, ('form-data; name="source"', b"hf://a/b")), 422, "invalid-request", "/source"),
-        (multipart(FILE, ('form-data; name="nonsense"', b"x")), 422, "invalid-request", "/nonsense"),
-        (multipart(FILE, FILE), 422, "invalid-request", "/file"),
-        (multipart(('form-data; name="name"', b"x")), 422, "invalid-request", "/file"),
-        (multipart(('form-data; name="file"', b"")), 422, "invalid-request", "/file"),
-        (multipart(FILE, ('form-data; name="name"', b"\xff")), 422, "invalid-request", "/name"),
-        (multipart(FILE, ('form-data; name="name"', b"a\nb")), 422, "invalid-request", "/name"),
-        (multipart(FILE, ('form-data; name="name"', b"n" * 129)), 422, "invalid-request", "/name"),
-        (multipart(FILE, ('form-data; name="metadata"', b"[1")), 422, "invalid-request", "/metadata"),
-        (multipart(FILE, ('form-data; name="metadata"', b"[1]")), 422, "invalid-request", "/metadata"),
-        (multipart(FILE, ('form-data; name="metadata"', b'{"a": NaN}')), 422, "invalid-request", "/metadata"),
-        (multipart(FILE, ('form-data; name="metadata"', b"[" * 60_000)), 422, "invalid-request", "/metadata"),
-        (multipart(FILE, ('form-data; name="priority"', b"urgent")), 422, "invalid-request", "/priority"),
-        (multipart(FILE, ('form-data; name="webhook"', b"http://10.0.0.1/")), 422, "invalid-request", "/webhook"),
+        (multipart(FILE, ('form-data; name="source"', b"hf://a/b")), *WRONG, "/source"),
+        (multipart(FILE, ('form-data; name="nonsense"', b"x")), *WRONG, "/nonsense"),
+        (multipart(FILE, FILE), *WRONG, "/file"),
+        (multipart(('form-data; name="name"', b"x")), *WRONG, "/file"),
+        (multipart(('form-data; name="file"', b"")), *WRONG, "/file"),
+        (multipart(FILE, ('form-data; name="name"', b"\xff")), *WRONG, "/name"),
+        (multipart(FILE, ('form-data; name="name"', b"a\nb")), *WRONG, "/name"),
+        (multipart(FILE, ('form-data; name="name"', b"n" * 129)), *WRONG, "/name"),
+        (multipart(FILE, ('form-data; name="metadata"', b"[1")), *WRONG, "/metadata"),
+        (multipart(FILE, ('form-data; name="metadata"', b"[1]")), *WRONG, "/metadata"),
+        (multipart(FILE, ('form-data; name="metadata"', b'{"a": NaN}')), *WRONG, "/metadata"),
+        (multipart(FILE, ('form-data; name="metadata"', b"[" * 60_000)), *WRONG, "/metadata"),
+        (multipart(FILE, ('form-data; name="metadata"', b'{"a": [1, 1%s]}' % (b"0" * 20))), *WRONG, "/metadata/a/1"),
+        (multipart(FILE, ('form-data; name="metadata"', b'{"a": "\\ud800"}')), *WRONG, "/metadata"),
+        (multipart(FILE, ('form-data; name="metadata"', b'{"\\udfff": 1}')), *WRONG, "/metadata"),
+        (multipart(FILE, ('form-data; name="priority"', b"urgent")), *WRONG, "/priority"),
+        (multipart(FILE, ('form-data; name="webhook"', b"http://10.0.0.1/")), *WRONG, "/webhook"),
         (multipart(FILE, ('form-data; name="base_model"', b"none")), 404, "model-unknown", "/base_model"),
         (multipart(FILE, ("attachment", b"x")), 400, "malformed-body", None),
         (multipart(FILE, ('form-data; name="' + "n" * 100 + '"', b"x")), 400, "malformed-body", None),

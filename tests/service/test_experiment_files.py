@@ -11,8 +11,10 @@ from hypothesis import strategies as st
 
 from bathyscope.errors import InvalidRequest, MalformedBody
 from bathyscope.types import ExperimentConfig
+from bathyscope_backplane.settings import Limits
+from bathyscope_service.bodies import content_of
 from bathyscope_service.experiments.adapter import adapter_of
-from bathyscope_service.experiments.reading import MAX_DEPTH, from_json_file, from_yaml, refuse_unknown
+from bathyscope_service.experiments.reading import MAX_DEPTH, from_yaml, refuse_unknown
 
 LLAMA = b"""\
 experiment: {name: "tinker-finetuned-probe", seed: 42}
@@ -74,11 +76,20 @@ def test_an_unknown_key_names_the_nearest(text: bytes, pointer: str, says: str) 
         (b"a: \xff", "UTF-8"),
         (b"a: 1e999", "too large"),
         (b"a: \x00", "not YAML"),
+        (b'a: 1\nb: "\\ud800"', "line 2, column 4: an escape .* surrogate pair"),
+        (b'"\\udfff": 1', "line 1, column 1: .* surrogate pair"),
+        (b'a: 1\nb: "\\U00110000"', "line 2, column 7: an escape names no character"),
+        (b'"\\UFFFFFFFF": 1', "line 1, column 4: an escape names no character"),
     ],
 )
 def test_what_is_refused_says_why(text: bytes, says: str) -> None:
     with pytest.raises(MalformedBody, match=says):
         from_yaml(text)
+
+
+def test_two_escapes_may_be_one_character_as_in_json() -> None:
+    text = b'{"\\ud83d\\ude00": "\\ud83d\\ude00"}'
+    assert from_yaml(text) == json.loads(text) == {"\U0001f600": "\U0001f600"}
 
 
 def test_words_stay_words() -> None:
@@ -110,18 +121,25 @@ VALUES = st.recursive(
 def test_json_says_the_same_as_yaml(content: dict[str, Any]) -> None:
     text = json.dumps(content, ensure_ascii=False).encode()
     try:
-        assert from_yaml(text) == from_json_file(text) == content
+        assert from_yaml(text) == content_of(text, Limits()) == content
     except MalformedBody as error:
         assert "nested" in str(error["detail"])  # noqa: PT017
 
 
 @settings(max_examples=300, deadline=None)
-@given(st.binary(max_size=200) | st.text("{}[]:,&*!|>%@-'\"# ab1\n\t", max_size=80).map(str.encode))
+@given(
+    st.binary(max_size=200)
+    | st.text("{}[]:,&*!|>%@-'\"# ab1\n\t", max_size=80).map(str.encode)
+    | st.lists(st.sampled_from(["\\u", "\\U", "\\x", "d8", "dc", "00", "11", "ff", "a"]), max_size=12).map(
+        lambda escapes: f'"{"".join(escapes)}"'.encode()
+    )
+)
 def test_anything_else_is_a_malformed_body_or_an_unknown_key(text: bytes) -> None:
     try:
         content = from_yaml(text)
     except MalformedBody:
         return
+    json.dumps(content, ensure_ascii=False).encode()
     if not (isinstance(content, dict) and not content):
         with pytest.raises(InvalidRequest):
             refuse_unknown(content)

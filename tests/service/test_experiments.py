@@ -254,7 +254,18 @@ def test_the_same_key_makes_one_experiment(running: Stack) -> None:
         (SMALL | {"model": {"name": "tiny", "adapter": "ad_none"}}, 404, "not-found", "/model/adapter"),
         (SMALL | {"model": {"name": "tiny", "adapter": "x"}}, 404, "not-found", "/model/adapter"),
         (SMALL | {"model": {"name": "tiny", "adapter": "ftp://x"}}, 422, "invalid-request", "/model/adapter"),
+        (SMALL | {"experiment": {"seed": 10**40}}, 422, "invalid-request", "/experiment/seed"),
         (b"model: [", 400, "malformed-body", None),
+        (
+            b"model: {name: tiny}\nextraction: {layers: [1, -9%s]}" % (b"9" * 30),
+            422,
+            "invalid-request",
+            "/extraction/layers/1",
+        ),
+        (b'model: {name: "\\ud800"}', 400, "malformed-body", None),
+        (b'"\\ud800": 1', 400, "malformed-body", None),
+        (b'model: {name: "\\U00110000"}', 400, "malformed-body", None),
+        (b'model: {name: "\\UFFFFFFFF"}', 400, "malformed-body", None),
     ],
 )
 def test_what_is_wrong_is_told_and_nothing_is_queued(

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from fastapi import Request
+from pydantic_core import from_json
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.requests import ClientDisconnect
@@ -38,6 +39,7 @@ from bathyscope.errors import (
 )
 from bathyscope_backplane.ids import new_id
 from bathyscope_backplane.settings import Limits
+from bathyscope_service.bodies import digest_of
 from bathyscope_service.context import Places
 
 FILE = "file"
@@ -73,22 +75,19 @@ class Upload:
         found: dict[str, Any] = dict(self.fields)
         for name in (name for name in json_fields or ("metadata",) if name in found):
             try:
-                found[name] = json.loads(found[name], parse_constant=_refuse_constant)
-            except (ValueError, RecursionError):
+                found[name] = from_json(found[name], allow_inf_nan=False)
+            except ValueError:
                 raise InvalidRequest(
                     "A field of the request is not valid.",
                     errors=[FieldError(pointer=f"/{name}", detail="a JSON object as a text")],
                 ) from None
+        digest_of(found)  # which refuses what could not be kept
         return found
 
     @property
     def digest(self) -> str:
         """Of the whole request, for the Idempotency-Key."""
         return hashlib.sha256(json.dumps([self.sha256, sorted(self.fields.items())]).encode()).hexdigest()
-
-
-def _refuse_constant(name: str) -> Any:
-    raise ValueError(name)
 
 
 @dataclass(slots=True)

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 from typing import Annotated
 
-import orjson
 from fastapi import APIRouter, Query, Request
 from pydantic import ValidationError
 from starlette.responses import Response
 
 from bathyscope import errors
 from bathyscope.types import Experiment, ExperimentConfig, Job, Page
-from bathyscope_service.bodies import invalid, read_bounded
+from bathyscope_service.bodies import content_of, digest_of, invalid, read_bounded
 from bathyscope_service.context import Caller, Ctx, Held, Memory, context_of
 from bathyscope_service.experiments import reading
 from bathyscope_service.experiments.stages import experiment_work
@@ -123,7 +121,7 @@ async def _read(request: Request, memory: Memory) -> ExperimentConfig:
     media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if media_type == "application/json":
         data = await read_bounded(request, limits, memory)
-        content = await context.apart(len(data), reading.from_json_file, data)
+        content = await context.apart(len(data), content_of, data, limits)
     elif media_type in _YAML:
         data = await read_bounded(request, limits, memory)
         if len(data) > reading.MAX_BYTES:
@@ -138,8 +136,7 @@ async def _read(request: Request, memory: Memory) -> ExperimentConfig:
             "application/json."
         )
     reading.refuse_unknown(content)
-    request.state.body_digest = hashlib.sha256(orjson.dumps(content, option=orjson.OPT_SORT_KEYS)).hexdigest()
-    request.state.body_bytes = len(data)
+    request.state.body_digest, request.state.body_bytes = digest_of(content), len(data)
     try:
         return ExperimentConfig.model_validate(content)
     except ValidationError as error:

@@ -14,7 +14,6 @@ from typing import Any
 
 import yaml  # type: ignore[import-untyped]
 from pydantic import BaseModel
-from pydantic_core import from_json
 
 from bathyscope.errors import FieldError, InvalidRequest, MalformedBody
 from bathyscope.types.experiments import ExperimentConfig
@@ -44,19 +43,26 @@ def from_yaml(data: bytes) -> Any:
         raise MalformedBody(f"The file is not YAML; {where}{what}.") from None
 
 
-def from_json_file(data: bytes) -> Any:
-    """The content of a JSON file. Raises `MalformedBody`."""
-    try:
-        return from_json(data, allow_inf_nan=False)
-    except ValueError as error:
-        raise MalformedBody(f"The body is not valid JSON: {error}.") from None
+def _parsed(text: str) -> Iterator[Any]:
+    """The events of a text. Raises `yaml.YAMLError`."""
+    loader = yaml.SafeLoader(text)
+    while True:
+        try:
+            event = loader.get_event()
+        except (ValueError, OverflowError):  # the parser makes a character of whatever number follows \U
+            raise yaml.MarkedYAMLError(
+                problem="an escape names no character of Unicode", problem_mark=loader.get_mark()
+            ) from None
+        if event is None:
+            return
+        yield event
 
 
 class _Reader:
     """Values of a document's events, so that nothing is built which is refused."""
 
     def __init__(self, text: str) -> None:
-        self._events = yaml.parse(text, Loader=yaml.SafeLoader)
+        self._events = _parsed(text)
         self._nodes = 0
 
     def read(self) -> Any:
@@ -94,14 +100,24 @@ class _Reader:
                 raise _refused(key, "a key is a word")
             if key.anchor is not None or key.tag not in (None, "!"):
                 raise _refused(key, "anchors and tags are not read")
-            if key.value in pairs:
-                raise _refused(key, f"the key {key.value[:80]!r} is there twice")
-            pairs[key.value] = self._value(next(self._events), depth + 1)
+            name = _characters(key)
+            if name in pairs:
+                raise _refused(key, f"the key {name[:80]!r} is there twice")
+            pairs[name] = self._value(next(self._events), depth + 1)
         return pairs
 
 
-def _scalar(event: Any) -> Any:
+def _characters(event: Any) -> str:
+    """The text of a scalar, where two escapes of a surrogate pair are one character, as they are in JSON."""
     text: str = event.value
+    try:
+        return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le")
+    except UnicodeDecodeError:
+        raise _refused(event, "an escape is one half of a surrogate pair") from None
+
+
+def _scalar(event: Any) -> Any:
+    text = _characters(event)
     if event.style is not None:  # quoted, or a block
         return text
     if text.lower() in _WORDS and (text.islower() or text in ("", "~")):

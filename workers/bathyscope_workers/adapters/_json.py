@@ -1,4 +1,4 @@
-"""JSON from strangers: bounded in size and depth, no key twice, no NaN."""
+"""JSON from strangers: bounded in size and depth, no key twice, no NaN, whole characters."""
 
 from __future__ import annotations
 
@@ -27,6 +27,11 @@ def parse(data: bytes, *, max_bytes: int, max_depth: int) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise JsonFault("is not a JSON object")
     _check_depth(value, max_depth)
+    if b"\\u" in data:
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise JsonFault("holds an escape that is one half of a surrogate pair, which is no character") from None
     return value
 
 
