@@ -93,11 +93,17 @@ def digest_of(content: Any) -> str:
     """The SHA-256 of what JSON or YAML said, in hex, whatever the order of its keys. Raises `InvalidRequest`."""
     try:
         return hashlib.sha256(orjson.dumps(content, option=orjson.OPT_SORT_KEYS)).hexdigest()
-    except TypeError:  # of what JSON can say, orjson refuses only this
+    except TypeError:  # of what JSON can say, orjson refuses only wide numbers
+        refuse_wide(content)
+        raise
+
+
+def refuse_wide(content: Any) -> None:
+    """Raise `InvalidRequest` for the first whole number of more than 64 bits: it could not be kept."""
+    for way in _ways(content, _wide):
         detail = "a whole number has 64 bits at most"
         raise InvalidRequest(
-            "A number of the request is too large.",
-            errors=[FieldError(pointer=pointer(next(_ways(content, _wide), ())), detail=detail)],
+            "A number of the request is too large.", errors=[FieldError(pointer=pointer(way), detail=detail)]
         ) from None
 
 

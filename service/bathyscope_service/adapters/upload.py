@@ -39,7 +39,7 @@ from bathyscope.errors import (
 )
 from bathyscope_backplane.ids import new_id
 from bathyscope_backplane.settings import Limits
-from bathyscope_service.bodies import digest_of
+from bathyscope_service.bodies import refuse_wide
 from bathyscope_service.context import Places
 
 FILE = "file"
@@ -81,7 +81,7 @@ class Upload:
                     "A field of the request is not valid.",
                     errors=[FieldError(pointer=f"/{name}", detail="a JSON object as a text")],
                 ) from None
-        digest_of(found)  # which refuses what could not be kept
+        refuse_wide(found)
         return found
 
     @property
